@@ -220,7 +220,8 @@ class UpstreamCredentials(Refusal):
 
     def __init__(self) -> None:
         super().__init__(
-            "The image service refused the organisation's own key; nothing was charged. Tell the operator to check BEANMETER_UPSTREAM_KEY.",
+            "The image service refused the organisation's own key; nothing was charged. "
+            "Tell the operator to check BEANMETER_UPSTREAM_KEY.",
             headers=(NO_RETRY,),
         )
 

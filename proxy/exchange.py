@@ -1,0 +1,442 @@
+"""One exchange's life, from the hold to the books: reserve, send, relay, book. The only place that orders these steps.
+
+It runs as a task of its own. The client's leaving, its slowness, or the end of the request that started it never reach it:
+whatever was sent upstream is read to its end and booked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from proxy import headers
+from proxy.errors import (
+    SOURCE_HEADER,
+    InsufficientQuota,
+    InvalidApiKey,
+    LedgerUnavailable,
+    Refusal,
+    UpstreamCredentials,
+    UpstreamFailed,
+    UpstreamUnreachable,
+)
+from proxy.ledger.accounts import KeyHolder
+from proxy.ledger.decisions import Admitted, Booking, Decision, OverBudget, Reservation
+from proxy.ledger.teller import LedgerDown, Teller
+from proxy.metrics import Metrics
+from proxy.money import MICRO_PER_USD, format_usd
+from proxy.orders import Reading
+from proxy.outcomes import Outcome, answered, unanswered, unsent
+from proxy.prices import Order, PriceCard
+from proxy.spool import Spool, spliced_size
+from proxy.taps import Delivery, Tap, open_tap
+from proxy.upstream import Answer, BrokeOff, Unreachable, Upstream
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+PATHS = {"generation": "/images/generations", "edit": "/images/edits"}
+
+# A reader that takes nothing for so long is let go, so that the upstream, which has an end to come to, is not kept
+# waiting until it breaks off itself.
+STALLED_SECONDS = 60
+
+# The answer's end waits this long for the books, so that whoever has an answer finds it in them. Beyond that the client
+# is not kept waiting for a database that is away; the booking goes on.
+BOOKED_FIRST_SECONDS = 0.5
+
+# An upstream's refusal of the organisation's key is read to its end, so that the connection can be used again, up to this.
+UNSHOWN_BYTES_MAX = 65_536
+
+log = structlog.get_logger(__name__)
+
+
+class Link(Protocol):
+    """The client's connection, where the server lets us at it."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client has left."""
+
+    def hang_up(self) -> None:
+        """End the connection so that the client sees a broken transfer; what was sent already still reaches it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What every exchange works with."""
+
+    card: PriceCard
+    teller: Teller
+    upstream: Upstream
+    upstream_key: str
+    metrics: Metrics
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request that was read whole, checked and priced."""
+
+    request_id: str
+    holder: KeyHolder
+    reading: Reading
+    hold_micro_usd: int
+    query: bytes
+    headers: headers.Headers
+    body: Spool
+    started: float
+
+    @property
+    def order(self) -> Order:
+        return self.reading.order
+
+    @property
+    def charge_id(self) -> str:
+        """The charge has the request's id under a name of its own."""
+        return "chg" + self.request_id.removeprefix("req")
+
+
+class Client:
+    """The client's side of an exchange. Writing to one that has left does nothing."""
+
+    def __init__(self, send: Send, link: Link | None) -> None:
+        self._send = send
+        self._link = link
+        self._writing_since: float | None = None
+        self._broken = False
+        self.started = False
+
+    async def start(self, status: int, head: headers.Headers) -> None:
+        self.started = True
+        await self._timed({"type": "http.response.start", "status": status, "headers": list(head)})
+
+    async def write(self, piece: bytes) -> None:
+        await self._timed({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def finish(self, piece: bytes = b"") -> None:
+        await self._timed({"type": "http.response.body", "body": piece, "more_body": False})
+
+    def hang_up(self) -> None:
+        """Break the transfer off."""
+        if self._link is not None:
+            self._link.hang_up()
+
+    async def _timed(self, message: dict[str, Any]) -> None:
+        if self._broken:
+            return
+        # One clock reading a piece instead of one timer a piece: the exchange's watch looks at it now and then.
+        self._writing_since = time.monotonic()
+        try:
+            await self._send(message)
+        except Exception as error:
+            # What can't be written to a client is the client's loss alone: the upstream is read on, and booked.
+            log.warning("client_not_written", cause=type(error).__name__)
+            self._broken = True
+        self._writing_since = None
+
+    def stalled_for(self) -> float:
+        """For how many seconds the client has taken nothing of what is being written."""
+        return 0.0 if self._writing_since is None else time.monotonic() - self._writing_since
+
+
+async def refuse(client: Client, refusal: Refusal, request_id: str) -> None:
+    """Answer with a refusal of the gateway's own."""
+    body = refusal.body()
+    identity = request_id.encode("ascii")
+    head = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", identity),
+        (b"x-beanmeter-request-id", identity),
+        SOURCE_HEADER,
+        *refusal.headers,
+    ]
+    await client.start(refusal.status, head)
+    await client.finish(body)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What has been seen of the upstream's answer so far."""
+
+    answer: Answer | None = None
+    tap: Tap | None = None
+    reached: bool = True
+    # The body was read to its end. Where that is the end of the connection, a cut looks like an end.
+    ended: bool = False
+    last_piece: bytes = b""
+
+    @property
+    def ended_properly(self) -> bool:
+        """The answer ended as it was framed, and the framing can tell an end from a cut."""
+        return self.ended and self.answer is not None and self.answer.framing != "close"
+
+
+class Exchange:
+    """One priced request on its way. Make it, and :meth:`run` it in a task that nobody cancels but the end of the process."""
+
+    def __init__(self, desk: Desk, request: Request, client: Client) -> None:
+        self._desk = desk
+        self._request = request
+        self._client = client
+        self._loop = asyncio.get_running_loop()
+        self._seen = _Seen()
+        self._watch: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        """Hold, send, relay, book. Returns when the charge is in the books, or with a refusal when nothing was held."""
+        try:
+            decision = await self._reserve()
+            if isinstance(decision, Admitted):
+                await self._carry_out(decision)
+            else:
+                await self._refuse(_refusal(decision))
+        finally:
+            self._request.body.close()
+
+    async def _reserve(self) -> Decision | LedgerUnavailable:
+        request, started = self._request, time.perf_counter()
+        job = Reservation(
+            charge_id=request.charge_id,
+            request_id=request.request_id,
+            team_id=request.holder.team_id,
+            key_id=request.holder.key_id,
+            order=request.order,
+            hold_micro_usd=request.hold_micro_usd,
+            price_card=self._desk.card.version,
+            timeout_seconds=self._desk.timeout_seconds,
+        )
+        try:
+            return await self._desk.teller.reserve(job)
+        except LedgerDown:
+            return LedgerUnavailable()
+        finally:
+            self._desk.metrics.overhead.labels("reserve").observe(time.perf_counter() - started)
+
+    async def _carry_out(self, admitted: Admitted) -> None:
+        """From here on the charge is in the books as forwarded: every way out of this function books its end."""
+        inflight = self._desk.metrics.inflight.labels(self._request.order.operation)
+        inflight.inc()
+        cancelled: BaseException | None = None
+        try:
+            await self._converse(admitted)
+        except asyncio.CancelledError as error:  # The process ends: what is known by now is booked first.
+            cancelled = error
+        except Exception:
+            log.exception("exchange_failed", request_id=self._request.request_id)
+        outcome, delivery = self._conclude()
+        booking = self._booking(outcome, delivery)
+        booked = self._desk.teller.book(booking)
+        self._count(booking)
+        await asyncio.wait((booked,), timeout=BOOKED_FIRST_SECONDS)
+        await self._end(outcome, delivery)
+        if self._watch is not None:
+            self._watch.cancel()
+        inflight.dec()
+        await booked
+        if cancelled is not None:
+            raise cancelled
+
+    async def _converse(self, admitted: Admitted) -> None:
+        """Send the request and relay the answer, within the deadline of the whole exchange."""
+        self._watch_reader()
+        try:
+            async with asyncio.timeout(self._desk.timeout_seconds):
+                self._seen.answer = await self._post()
+                try:
+                    await self._relay(self._seen.answer, admitted)
+                finally:
+                    await self._seen.answer.close()
+        except Unreachable:
+            self._seen.reached = False
+        except (BrokeOff, TimeoutError) as error:
+            log.warning("upstream_broke_off", request_id=self._request.request_id, cause=str(error) or type(error).__name__)
+
+    async def _post(self) -> Answer:
+        request, upstream = self._request, self._desk.upstream
+        head = headers.to_upstream(
+            request.headers,
+            host=upstream.host,
+            key=self._desk.upstream_key,
+            body_bytes=spliced_size(request.body.size, request.reading.splice),
+            request_id=request.request_id,
+        )
+        path = PATHS[request.order.operation]
+        answer = await upstream.post(path, request.query, head, lambda: request.body.read(request.reading.splice))
+        # Whatever of the body is on disk has been sent, and an answer can take minutes.
+        request.body.close()
+        self._desk.metrics.upstream_responses.labels(request.order.operation, f"{answer.status // 100}xx").inc()
+        return answer
+
+    async def _relay(self, answer: Answer, admitted: Admitted) -> None:
+        """Pass the answer on, piece by piece as it comes. The last piece, where it is known to be the last, is kept for
+        :meth:`_end`."""
+        head = headers.to_client(answer.headers)
+        tap = self._seen.tap = open_tap(headers.value(head, b"content-type"), headers.value(head, b"content-encoding"))
+        # The body of a 401 can echo the organisation's key.
+        shown = answer.status != 401
+        if shown:
+            await self._client.start(answer.status, [*head, *self._own_headers(admitted)])
+        operation = self._request.order.operation
+        relayed, left = 0, answer.length
+        started = time.monotonic()
+        async for piece in answer.pieces():
+            tap.feed(piece)
+            if not relayed:
+                self._desk.metrics.first_byte.labels(operation).observe(time.monotonic() - started)
+            relayed += len(piece)
+            if left is not None and relayed == left:
+                self._seen.last_piece = piece
+            elif shown:
+                await self._client.write(piece)
+            elif relayed > UNSHOWN_BYTES_MAX:
+                break
+        else:
+            self._seen.ended = True
+        self._desk.metrics.response_bytes.labels(operation).inc(relayed)
+
+    def _own_headers(self, admitted: Admitted) -> list[tuple[bytes, bytes]]:
+        own = [
+            (b"x-beanmeter-request-id", self._request.request_id.encode("ascii")),
+            (b"x-beanmeter-reserved-usd", format_usd(self._request.hold_micro_usd).encode("ascii")),
+        ]
+        if admitted.remaining_micro_usd is not None:
+            own.append((b"x-beanmeter-remaining-usd", format_usd(admitted.remaining_micro_usd).encode("ascii")))
+        return own
+
+    def _conclude(self) -> tuple[Outcome, Delivery]:
+        """What the exchange's end means for the charge."""
+        seen, request = self._seen, self._request
+        if seen.answer is None or seen.tap is None:
+            delivery = Delivery()
+            outcome = unanswered(request.order, request.hold_micro_usd) if seen.reached else unsent(request.order)
+            return outcome, delivery
+        delivery = seen.tap.finish(ended_properly=seen.ended_properly)
+        return answered(self._desk.card, request.order, request.hold_micro_usd, seen.answer.status, delivery), delivery
+
+    def _booking(self, outcome: Outcome, delivery: Delivery) -> Booking:
+        answer = self._seen.answer
+        head = [] if answer is None else headers.to_client(answer.headers)
+        return Booking(
+            charge_id=self._request.charge_id,
+            team_id=self._request.holder.team_id,
+            outcome=outcome,
+            upstream_status=None if answer is None else answer.status,
+            upstream_cost_micro_usd=_stated_cost(headers.value(head, b"x-request-cost-micro-usd")),
+            upstream_request_id=_printable(headers.value(head, b"x-request-id")),
+            input_tokens=delivery.usage.input_tokens if delivery.usage else None,
+            output_tokens=delivery.usage.output_tokens if delivery.usage else None,
+        )
+
+    async def _end(self, outcome: Outcome, delivery: Delivery) -> None:
+        """Let the client have the end that the upstream's answer had: a whole one, a broken one, or a refusal of ours."""
+        seen = self._seen
+        if not self._client.started:
+            await self._refuse(self._failure())
+        elif seen.ended_properly or self._looks_whole(outcome, delivery):
+            await self._client.finish(seen.last_piece)
+        else:
+            if seen.last_piece:
+                await self._client.write(seen.last_piece)
+            self._client.hang_up()
+
+    def _looks_whole(self, outcome: Outcome, delivery: Delivery) -> bool:
+        """Of an answer that ends with its connection: whether all that was to come has come."""
+        answer = self._seen.answer
+        if answer is None or not self._seen.ended:
+            return False
+        return answer.status >= 300 or delivery.complete or outcome.images_delivered >= self._request.order.n
+
+    def _failure(self) -> Refusal:
+        if not self._seen.reached:
+            return UpstreamUnreachable()
+        answer = self._seen.answer
+        return UpstreamCredentials() if answer is not None and answer.status == 401 else UpstreamFailed()
+
+    def _count(self, booking: Booking) -> None:
+        """Metrics, and the one log line of an exchange."""
+        metrics, request, outcome = self._desk.metrics, self._request, booking.outcome
+        order, team, seconds = request.order, request.holder.team, time.perf_counter() - request.started
+        metrics.requests.labels(team, order.operation, outcome.state).inc()
+        metrics.duration.labels(order.operation, outcome.state).observe(seconds)
+        image = (team, order.model, order.operation, outcome.size, outcome.quality)
+        if outcome.images_delivered:
+            metrics.images.labels(*image).inc(outcome.images_delivered)
+            metrics.spend.labels(*image).inc(outcome.settled_micro_usd / MICRO_PER_USD)
+        if outcome.settled_micro_usd > request.hold_micro_usd:
+            metrics.overrun.inc()
+            log.error("overrun", request_id=request.request_id, team=team, held_micro_usd=request.hold_micro_usd)
+        if outcome.state != "review" and booking.upstream_cost_micro_usd not in (None, outcome.settled_micro_usd):
+            metrics.cost_mismatch.inc()
+            log.error("cost_mismatch", request_id=request.request_id, stated_micro_usd=booking.upstream_cost_micro_usd)
+        log.info(
+            "exchange",
+            request_id=request.request_id,
+            team=team,
+            key_id=request.holder.key_id,
+            operation=order.operation,
+            model=order.model,
+            size=outcome.size,
+            quality=outcome.quality,
+            stream=order.stream,
+            state=outcome.state,
+            reason=outcome.reason,
+            images=outcome.images_delivered,
+            settled_micro_usd=outcome.settled_micro_usd,
+            reserved_micro_usd=outcome.reserved_micro_usd,
+            upstream_status=booking.upstream_status,
+            seconds=round(seconds, 4),
+        )
+
+    async def _refuse(self, refusal: Refusal) -> None:
+        request = self._request
+        self._desk.metrics.refusals.labels(request.holder.team, refusal.code).inc()
+        log.info("refused", request_id=request.request_id, team=request.holder.team, code=refusal.code, status=refusal.status)
+        await refuse(self._client, refusal, request.request_id)
+
+    def _watch_reader(self) -> None:
+        """Let a reader go that takes nothing any more; looks twice within the time that it is given."""
+        patience = min(STALLED_SECONDS, self._desk.timeout_seconds / 4)
+        if self._client.stalled_for() > patience:
+            log.warning("reader_stalled", request_id=self._request.request_id)
+            self._client.hang_up()
+            return
+        self._watch = self._loop.call_later(patience / 2, self._watch_reader)
+
+
+def _refusal(decision: Decision | LedgerUnavailable) -> Refusal:
+    if isinstance(decision, Refusal):
+        return decision
+    if isinstance(decision, OverBudget):
+        return InsufficientQuota(_over_budget(decision))
+    return InvalidApiKey()
+
+
+def _over_budget(decision: OverBudget) -> str:
+    """What the caller needs to know to go on: whose budget, how much, what is left, what this costs, until when."""
+    period = "for all time" if decision.period == "total" else f"per {decision.period}"
+    reset = "" if decision.resets_at is None else f" It resets at {decision.resets_at:%Y-%m-%dT%H:%M:%SZ}."
+    return (
+        f"The {decision.scope}'s budget of ${format_usd(decision.limit_micro_usd)} {period} has "
+        f"${format_usd(max(0, decision.remaining_micro_usd))} left, and this request costs up to "
+        f"${format_usd(decision.cost_micro_usd)}. Nothing was sent upstream.{reset} "
+        "Ask for a smaller size, a lower quality or fewer images, or ask the operator for a larger budget."
+    )
+
+
+def _stated_cost(value: bytes | None) -> int | None:
+    """What the upstream says that the request cost, in micro-USD; ``None`` where it says nothing that can be read."""
+    return int(value) if value is not None and re.fullmatch(rb"[0-9]{1,15}", value) else None
+
+
+def _printable(value: bytes | None) -> str | None:
+    """An id of the upstream's, cut to what a column should hold."""
+    if value is None or not re.fullmatch(rb"[!-~]{1,256}", value):
+        return None
+    return value[:128].decode("ascii")

@@ -1,0 +1,140 @@
+"""From a client's request to an exchange: who calls, what is asked for, what it may cost. Nothing here is committed or
+sent; a refusal leaves no trace in the books."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from proxy import headers, tokens
+from proxy.errors import IncompleteBody, Refusal, RequestTooLarge, StorageUnavailable
+from proxy.exchange import Client, Desk, Exchange, Link, Request, Send, refuse
+from proxy.keyring import Keyring
+from proxy.metrics import NO_TEAM
+from proxy.orders import Reading, open_order
+from proxy.prices import Operation
+from proxy.spool import Spool, SpoolFull
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+# Where the server puts the client's :class:`~proxy.exchange.Link` in an ASGI scope's extensions.
+LINK = "beanmeter.link"
+
+log = structlog.get_logger(__name__)
+
+
+class Gateway:
+    """Takes priced requests. ``clock`` gives UTC; ``spool_directory`` keeps larger bodies while they are read and sent."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        keyring: Keyring,
+        clock: Callable[[], datetime],
+        *,
+        aliases: Mapping[str, str],
+        max_body_bytes: int,
+        spool_directory: Path,
+    ) -> None:
+        self._desk = desk
+        self._keyring = keyring
+        self._clock = clock
+        self._aliases = aliases
+        self._max_body_bytes = max_body_bytes
+        self._spool_directory = spool_directory
+        self._exchanges: set[asyncio.Task[None]] = set()
+
+    async def handle(self, operation: Operation, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve one ``POST`` of a priced path, as an ASGI application does."""
+        started = time.perf_counter()
+        link: Link | None = scope.get("extensions", {}).get(LINK)
+        client = Client(send, link)
+        request_id = tokens.new_request_id(self._clock())
+        body = Spool(self._spool_directory)
+        team = NO_TEAM
+        try:
+            holder = await self._keyring.holder(scope["headers"])
+            team = holder.team
+            self._observe("authenticate", started)
+            reading = await self._read(operation, scope["headers"], receive, body)
+        except Refusal as refusal:
+            body.close()
+            self._desk.metrics.refusals.labels(team, refusal.code).inc()
+            log.info("refused", request_id=request_id, team=team, code=refusal.code, status=refusal.status)
+            await refuse(client, refusal, request_id)
+            return
+        except BaseException:
+            body.close()
+            raise
+        request = Request(
+            request_id=request_id,
+            holder=holder,
+            reading=reading,
+            hold_micro_usd=self._desk.card.hold(reading.order),
+            query=scope["query_string"],
+            headers=scope["headers"],
+            body=body,
+            started=started,
+        )
+        await self._start(Exchange(self._desk, request, client))
+
+    async def close(self) -> None:
+        """Bring every exchange that still goes on to its end now: what is known of it is booked."""
+        for task in self._exchanges:
+            task.cancel()
+        await asyncio.gather(*self._exchanges, return_exceptions=True)
+
+    async def _start(self, exchange: Exchange) -> None:
+        task = asyncio.create_task(exchange.run())
+        self._exchanges.add(task)
+        task.add_done_callback(self._exchanges.discard)
+        # Shielded: whoever cancels the request, the exchange goes on.
+        await asyncio.shield(task)
+
+    async def _read(self, operation: Operation, request_headers: headers.Headers, receive: Receive, body: Spool) -> Reading:
+        """The whole body, checked as it arrives, and what it asks for."""
+        reader = open_order(
+            operation,
+            headers.values(request_headers, b"content-type"),
+            headers.values(request_headers, b"content-encoding"),
+            self._desk.card,
+            self._aliases,
+        )
+        declared = headers.value(request_headers, b"content-length")
+        if declared is not None and int(declared) > self._max_body_bytes:
+            raise RequestTooLarge(self._max_body_bytes)
+        spent = 0.0
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise IncompleteBody
+            piece, more = message.get("body", b""), message.get("more_body", False)
+            if body.size + len(piece) > self._max_body_bytes:
+                raise RequestTooLarge(self._max_body_bytes)
+            if piece:
+                began = time.perf_counter()
+                reader.feed(piece)
+                await _append(body, piece)
+                spent += time.perf_counter() - began
+        began = time.perf_counter()
+        reading = reader.finish()
+        self._desk.metrics.overhead.labels("read").observe(spent + time.perf_counter() - began)
+        return reading
+
+    def _observe(self, stage: str, started: float) -> None:
+        self._desk.metrics.overhead.labels(stage).observe(time.perf_counter() - started)
+
+
+async def _append(body: Spool, piece: bytes) -> None:
+    try:
+        await body.append(piece)
+    except SpoolFull as error:
+        log.error("spool_full", cause=type(error.__cause__).__name__)
+        raise StorageUnavailable from error

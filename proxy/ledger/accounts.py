@@ -1,0 +1,314 @@
+"""Teams, their keys and their budgets: making, changing and finding them. Every change leaves an audit row.
+
+Functions take an open transaction and the clock; whoever calls them commits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Row, select
+
+from proxy import periods, tokens
+from proxy.ledger.books import lock_teams, sum_charges
+from proxy.ledger.schema import audit, balances, budgets, keys, teams
+from proxy.periods import Period
+
+# A team's name is a metrics label, a column in reports and part of TEAM/KEY_ID on the command line.
+_NAME = re.compile(r"[^\W_][\w .@+&-]{0,62}[\w.+)]|[^\W_]", re.UNICODE)
+
+
+class AccountError(ValueError):
+    """A change that can't be made; the message tells the operator what to do instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyHolder:
+    """Who a key belongs to, and whether it may still be used."""
+
+    key_id: str
+    team_id: int
+    team: str
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    archived_at: datetime | None
+
+    def valid(self, now: datetime) -> bool:
+        """Neither revoked nor expired, and the team not archived."""
+        return self.revoked_at is None and self.archived_at is None and (self.expires_at is None or self.expires_at > now)
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key just made. ``key`` is the secret; it is known here and never again."""
+
+    id: str
+    team: str
+    name: str
+    key: str
+    expires_at: datetime | None
+
+
+def holder_of(connection: Connection, digest: bytes) -> KeyHolder | None:
+    """Whose key this is, by its SHA-256 digest; ``None`` if nobody's."""
+    row = connection.execute(
+        select(keys.c.id, keys.c.team_id, teams.c.name, keys.c.expires_at, keys.c.revoked_at, teams.c.archived_at)
+        .join(teams)
+        .where(keys.c.digest == digest)
+    ).one_or_none()
+    return None if row is None else KeyHolder(*row)
+
+
+# Teams
+
+
+def add_team(connection: Connection, name: str, *, now: datetime, actor: str) -> dict[str, Any]:
+    """A new team; its row. Raises :class:`AccountError` for a name that is taken or can't be one."""
+    if not _NAME.fullmatch(name):
+        raise AccountError(
+            f"{name!r} can't be a team's name: use up to 64 letters, digits, spaces and . _ @ + & -, a letter or digit first"
+        )
+    if connection.execute(select(teams.c.id).where(teams.c.name == name)).first():
+        raise AccountError(f"a team named {name!r} exists already; 'beanmeter team list' shows all, archived ones too")
+    connection.execute(teams.insert().values(name=name, created_at=now))
+    return _recorded(connection, "team.add", name, None, _team_view(_team(connection, name)), now, actor)
+
+
+def archive_team(connection: Connection, name: str, *, now: datetime, actor: str) -> dict[str, Any]:
+    """Close a team: its keys stop working, its books stay. Archiving twice changes nothing."""
+    team = _lock(connection, name)
+    before = _team_view(team)
+    if team.archived_at is not None:
+        return before
+    connection.execute(teams.update().where(teams.c.id == team.id).values(archived_at=now))
+    return _recorded(connection, "team.archive", name, before, before | {"archived_at": now}, now, actor)
+
+
+def list_teams(connection: Connection) -> list[dict[str, Any]]:
+    """All teams by name, archived ones too."""
+    return [_team_view(row) for row in connection.execute(select(teams).order_by(teams.c.name))]
+
+
+def show_team(connection: Connection, name: str) -> dict[str, Any]:
+    """One team, with its keys."""
+    team = _team(connection, name)
+    return _team_view(team) | {"keys": list_keys(connection, name)}
+
+
+# Keys
+
+
+def add_key(
+    connection: Connection, team_name: str, *, name: str = "", lifetime: timedelta | None = None, now: datetime, actor: str
+) -> NewKey:
+    """A new key for a team that is not archived."""
+    team = _lock(connection, team_name)
+    if team.archived_at is not None:
+        raise AccountError(f"team {team_name!r} is archived: a key of it would not work")
+    if len(name) > 64 or not all(character.isprintable() for character in name):
+        raise AccountError("a key's name has at most 64 printable characters")
+    secret = tokens.new_key()
+    key = NewKey(
+        id=tokens.new_id("key", int(now.timestamp() * 1000)),
+        team=team_name,
+        name=name,
+        key=secret,
+        expires_at=None if lifetime is None else now + lifetime,
+    )
+    connection.execute(
+        keys.insert().values(
+            id=key.id,
+            team_id=team.id,
+            name=name,
+            digest=tokens.digest(secret),
+            last_four=tokens.last_four(secret),
+            created_at=now,
+            expires_at=key.expires_at,
+        )
+    )
+    _recorded(connection, "key.add", key.id, None, _key_view(_key(connection, key.id), team_name), now, actor)
+    return key
+
+
+def revoke_key(connection: Connection, key_id: str, *, now: datetime, actor: str) -> dict[str, Any]:
+    """Stop a key from working. Revoking twice changes nothing."""
+    key = _key(connection, key_id)
+    team = _team_by_id(connection, key.team_id)
+    before = _key_view(key, team.name)
+    if key.revoked_at is not None:
+        return before
+    connection.execute(keys.update().where(keys.c.id == key_id).values(revoked_at=now))
+    return _recorded(connection, "key.revoke", key_id, before, before | {"revoked_at": now}, now, actor)
+
+
+def rotate_key(connection: Connection, key_id: str, *, overlap: timedelta, now: datetime, actor: str) -> NewKey:
+    """A new key like this one; the old one goes on working for ``overlap``, or until it would have expired."""
+    old = _key(connection, key_id)
+    team = _team_by_id(connection, old.team_id)
+    if not KeyHolder(old.id, team.id, team.name, old.expires_at, old.revoked_at, None).valid(now):
+        raise AccountError(f"key {key_id} is revoked or expired; make a new one with 'beanmeter key add {team.name}'")
+    lifetime = None if old.expires_at is None else old.expires_at - old.created_at
+    new = add_key(connection, team.name, name=old.name, lifetime=lifetime, now=now, actor=actor)
+    end = now + overlap if old.expires_at is None else min(now + overlap, old.expires_at)
+    before = _key_view(old, team.name)
+    connection.execute(keys.update().where(keys.c.id == key_id).values(expires_at=end))
+    _recorded(connection, "key.rotate", key_id, before, before | {"expires_at": end}, now, actor)
+    return new
+
+
+def list_keys(connection: Connection, team_name: str | None = None) -> list[dict[str, Any]]:
+    """Keys of one team or of all, oldest first, without their secrets."""
+    query = select(keys, teams.c.name.label("team")).join(teams).order_by(teams.c.name, keys.c.created_at, keys.c.id)
+    if team_name is not None:
+        query = query.where(keys.c.team_id == _team(connection, team_name).id)
+    return [_key_view(row, row.team) for row in connection.execute(query)]
+
+
+# Budgets
+
+
+def set_budget(
+    connection: Connection,
+    team_name: str,
+    key_id: str | None,
+    period: Period,
+    limit_micro_usd: int,
+    *,
+    soft: bool,
+    now: datetime,
+    actor: str,
+) -> dict[str, Any]:
+    """Make or replace the budget of a scope and period. What was spent in the running period counts from the start."""
+    team = _lock(connection, team_name)
+    _check_scope(connection, team, key_id)
+    found = _budget(connection, team.id, key_id, period)
+    if found is not None:
+        changed = budgets.update().where(budgets.c.id == found.id).values(limit_micro_usd=limit_micro_usd, soft=soft)
+        connection.execute(changed)
+    else:
+        _open_budget(connection, team.id, key_id, period, limit_micro_usd, soft=soft, now=now)
+    before = None if found is None else _budget_terms(found)
+    after = {"period": period, "limit_micro_usd": limit_micro_usd, "soft": soft}
+    return _recorded(connection, "budget.set", _scope_name(team_name, key_id), before, after, now, actor)
+
+
+def remove_budget(
+    connection: Connection, team_name: str, key_id: str | None, period: Period, *, now: datetime, actor: str
+) -> None:
+    """Take a budget away; what was spent stays in the books."""
+    team = _lock(connection, team_name)
+    _check_scope(connection, team, key_id)
+    found = _budget(connection, team.id, key_id, period)
+    scope = _scope_name(team_name, key_id)
+    if found is None:
+        raise AccountError(f"{scope} has no budget per {period}; 'beanmeter budget list' shows those there are")
+    connection.execute(balances.delete().where(balances.c.budget_id == found.id))
+    connection.execute(budgets.delete().where(budgets.c.id == found.id))
+    _recorded(connection, "budget.remove", scope, _budget_terms(found), None, now, actor)
+
+
+def _open_budget(
+    connection: Connection, team_id: int, key_id: str | None, period: Period, limit_micro_usd: int, *, soft: bool, now: datetime
+) -> None:
+    row = {"team_id": team_id, "key_id": key_id, "period": period, "limit_micro_usd": limit_micro_usd, "soft": soft}
+    budget_id = connection.execute(budgets.insert().values(**row, created_at=now).returning(budgets.c.id)).scalar_one()
+    start = periods.start(period, now)
+    settled, held = sum_charges(connection, team_id, key_id, start)
+    balance = {"budget_id": budget_id, "period_start": start, "settled_micro_usd": settled, "held_micro_usd": held}
+    connection.execute(balances.insert().values(**balance))
+
+
+def _check_scope(connection: Connection, team: Row[Any], key_id: str | None) -> None:
+    if key_id is not None and _key(connection, key_id).team_id != team.id:
+        raise AccountError(f"key {key_id} is not of team {team.name!r}; 'beanmeter key list {team.name}' shows its keys")
+
+
+def _budget(connection: Connection, team_id: int, key_id: str | None, period: Period) -> Row[Any] | None:
+    same_key = budgets.c.key_id.is_(None) if key_id is None else budgets.c.key_id == key_id
+    query = select(budgets).where(budgets.c.team_id == team_id, same_key, budgets.c.period == period)
+    return connection.execute(query).one_or_none()
+
+
+def _budget_terms(row: Row[Any]) -> dict[str, Any]:
+    return {"period": row.period, "limit_micro_usd": row.limit_micro_usd, "soft": row.soft}
+
+
+def _scope_name(team: str, key_id: str | None) -> str:
+    return team if key_id is None else f"{team}/{key_id}"
+
+
+# Rows and their views
+
+
+def _team(connection: Connection, name: str) -> Row[Any]:
+    row = connection.execute(select(teams).where(teams.c.name == name)).one_or_none()
+    if row is None:
+        raise AccountError(_unknown("team", name, connection.scalars(select(teams.c.name)), "beanmeter team add"))
+    return row
+
+
+def _team_by_id(connection: Connection, team_id: int) -> Row[Any]:
+    return connection.execute(select(teams).where(teams.c.id == team_id)).one()
+
+
+def _lock(connection: Connection, name: str) -> Row[Any]:
+    """The team's row, locked, as it is once the lock is held."""
+    lock_teams(connection, [_team(connection, name).id])
+    return _team(connection, name)
+
+
+def _key(connection: Connection, key_id: str) -> Row[Any]:
+    row = connection.execute(select(keys).where(keys.c.id == key_id)).one_or_none()
+    if row is None:
+        raise AccountError(f"there is no key {key_id!r}; 'beanmeter key list' shows the ids, which start with key_")
+    return row
+
+
+def _unknown(kind: str, name: str, known: Iterable[str], remedy: str) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"make it with '{remedy} NAME'"
+    return f"there is no {kind} named {name!r}; {hint}"
+
+
+def _team_view(row: Row[Any]) -> dict[str, Any]:
+    return {"name": row.name, "created_at": row.created_at, "archived_at": row.archived_at}
+
+
+def _key_view(row: Row[Any], team: str) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "team": team,
+        "name": row.name,
+        "last_four": row.last_four,
+        "created_at": row.created_at,
+        "expires_at": row.expires_at,
+        "revoked_at": row.revoked_at,
+    }
+
+
+def _recorded(
+    connection: Connection,
+    action: str,
+    subject: str,
+    before: dict[str, Any] | None,
+    after: dict[str, Any] | None,
+    now: datetime,
+    actor: str,
+) -> dict[str, Any]:
+    """Leave the audit row of a change; the state after it."""
+    text = [None if state is None else json.dumps(state, default=_json, sort_keys=True) for state in (before, after)]
+    row = {"at": now, "actor": actor, "action": action, "subject": subject, "before": text[0], "after": text[1]}
+    connection.execute(audit.insert().values(**row))
+    return after or {}
+
+
+def _json(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} has no place in an audit row")

@@ -1,0 +1,269 @@
+"""The one writer of a process: a thread that takes whatever is waiting into one transaction.
+
+Callers on the event loop hand in a job and await its result. Nothing they do, leaving included, reaches the database work:
+it happens in this thread alone, and a job that was handed in is carried out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal, Protocol
+
+import structlog
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+
+from proxy.ledger.books import post
+from proxy.ledger.decisions import Booking, Decision, Reservation
+from proxy.ledger.engine import Database
+from proxy.outcomes import unsent
+
+Step = Literal["reserve", "book", "read"]
+
+# One transaction stays short enough for the next process to have its turn at the same rows.
+BATCH_JOBS_MAX = 256
+
+# Beyond this many waiting reservations an answer would come too late to be of use.
+WAITING_MAX = 10_000
+
+# Bookings that could not be written are tried again at these intervals, for as long as the process lives.
+RETRY_SECONDS_FIRST = 0.1
+RETRY_SECONDS_MAX = 2.0
+
+log = structlog.get_logger(__name__)
+
+
+class LedgerDown(Exception):
+    """The books can't be written now. Of a reservation: nothing is held, and nothing may be sent."""
+
+
+class Observer(Protocol):
+    """Who is told how the books' transactions go."""
+
+    def committed(self, step: Step, seconds: float) -> None:
+        """A transaction with jobs of this step was committed after so many seconds."""
+
+    def failed(self, step: Step) -> None:
+        """A transaction with jobs of this step failed."""
+
+
+@dataclass(slots=True)
+class _Reserve:
+    job: Reservation
+    answer: asyncio.Future[Decision]
+
+
+@dataclass(slots=True)
+class _Book:
+    job: Booking
+    answer: asyncio.Future[None] | None = None
+
+
+@dataclass(slots=True)
+class _Batch:
+    reserves: list[_Reserve] = field(default_factory=list)
+    books: list[_Book] = field(default_factory=list)
+
+    @property
+    def steps(self) -> list[Step]:
+        steps: list[Step] = ["reserve"] if self.reserves else []
+        return [*steps, "book"] if self.books else steps
+
+    def add(self, item: _Reserve | _Book) -> None:
+        if isinstance(item, _Reserve):
+            self.reserves.append(item)
+        else:
+            self.books.append(item)
+
+
+class Teller:
+    """Reserves and books for one event loop.
+
+    ``clock`` gives the time of each transaction: what is reserved in it is reserved at that time.
+    """
+
+    def __init__(self, database: Database, clock: Callable[[], datetime], observer: Observer) -> None:
+        self._database = database
+        self._clock = clock
+        self._observer = observer
+        self._waiting: queue.SimpleQueue[_Reserve | _Book | None] = queue.SimpleQueue()
+        self._unwritten: deque[_Book] = deque()
+        self._retry_at = 0.0
+        self._retry_seconds = RETRY_SECONDS_FIRST
+        self._closing = False
+        self._give_up_at = float("inf")
+        self._thread = threading.Thread(target=self._run, name="teller", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; call from the event loop whose futures it will answer."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def reserve(self, job: Reservation) -> asyncio.Future[Decision]:
+        """Hold the amount against every budget that applies, and mark the charge as forwarded, in one commit.
+
+        The future raises :class:`LedgerDown`. The job is carried out even if nobody awaits it any more, so await it where
+        nothing cancels.
+        """
+        item = _Reserve(job, self._loop.create_future())
+        if self._closing or self._waiting.qsize() > WAITING_MAX:
+            item.answer.set_exception(LedgerDown())
+        else:
+            self._waiting.put(item)
+        return item.answer
+
+    def book(self, job: Booking) -> asyncio.Future[None]:
+        """Write the end of an exchange; the future is done once it is committed, however long the database is away."""
+        answer: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.put(_Book(job, answer))
+        return answer
+
+    @property
+    def unwritten(self) -> int:
+        """How many bookings wait for the database to come back."""
+        return len(self._unwritten)
+
+    async def close(self, timeout_seconds: float) -> None:
+        """Write what is waiting, then stop; gives the database at most ``timeout_seconds``."""
+        self._give_up_at = time.monotonic() + timeout_seconds
+        self._closing = True
+        self._waiting.put(None)
+        await asyncio.to_thread(self._thread.join, timeout_seconds + 1)
+
+    # In the thread
+
+    def _run(self) -> None:
+        while True:
+            batch = self._gather()
+            if batch.steps:
+                self._write(batch)
+            if self._closing and self._waiting.empty():
+                if not self._unwritten:
+                    return
+                if time.monotonic() > self._give_up_at:
+                    self._confess()
+                    return
+
+    def _gather(self) -> _Batch:
+        """What is waiting now, up to a batch; waits only while there is nothing to do, and adds no delay when idle."""
+        batch = _Batch()
+        try:
+            item = self._waiting.get(timeout=self._patience())
+            while item is not None:
+                batch.add(item)
+                if len(batch.reserves) + len(batch.books) >= BATCH_JOBS_MAX:
+                    break
+                item = self._waiting.get_nowait()
+        except queue.Empty:
+            pass
+        if self._unwritten and time.monotonic() >= self._retry_at:
+            while self._unwritten and len(batch.books) < BATCH_JOBS_MAX:
+                batch.books.append(self._unwritten.popleft())
+        return batch
+
+    def _patience(self) -> float | None:
+        if self._unwritten:
+            return max(0.0, self._retry_at - time.monotonic())
+        return 0.05 if self._closing else None
+
+    def _write(self, batch: _Batch) -> None:
+        started = time.perf_counter()
+        committing = False
+        try:
+            with self._database.writing() as connection:
+                reservations = [item.job for item in batch.reserves]
+                decisions = post(connection, reservations, [item.job for item in batch.books], self._clock())
+                committing = True
+        except IntegrityError as error:
+            self._write_singly(batch, error)
+        except (SQLAlchemyError, OSError) as error:
+            self._fail(batch, error, committing=committing)
+        else:
+            self._retry_seconds = RETRY_SECONDS_FIRST
+            seconds = time.perf_counter() - started
+            for step in batch.steps:
+                self._observer.committed(step, seconds)
+            self._answer(batch, decisions)
+
+    def _answer(self, batch: _Batch, decisions: Sequence[Decision]) -> None:
+        answers = [(item.answer, decision) for item, decision in zip(batch.reserves, decisions, strict=True)]
+        done = [item.answer for item in batch.books if item.answer is not None]
+
+        def deliver() -> None:
+            for future, decision in answers:
+                if not future.done():
+                    future.set_result(decision)
+            for booked in done:
+                if not booked.done():
+                    booked.set_result(None)
+
+        self._call(deliver)
+
+    def _write_singly(self, batch: _Batch, error: IntegrityError) -> None:
+        """One job that can't be written must not keep the others of its batch out of the books."""
+        if len(batch.reserves) + len(batch.books) > 1:
+            for reserve in batch.reserves:
+                self._write(_Batch(reserves=[reserve]))
+            for book in batch.books:
+                self._write(_Batch(books=[book]))
+            return
+        # The charge stays as it is, held, and comes up for review: nothing is lost, and a person looks at it.
+        log.critical("ledger_rejected", charges=_ids(batch), error=_cause(error))
+        for step in batch.steps:
+            self._observer.failed(step)
+        self._refuse(batch.reserves)
+        self._answer(_Batch(books=batch.books), [])
+
+    def _fail(self, batch: _Batch, error: Exception, *, committing: bool) -> None:
+        log.error("ledger_unavailable", reservations=len(batch.reserves), bookings=len(batch.books), error=_cause(error))
+        for step in batch.steps:
+            self._observer.failed(step)
+        self._unwritten.extend(batch.books)
+        if committing:
+            # The commit may have happened though its answer was lost. Nothing is sent for these reservations, so
+            # whatever of them is in the books is released once the database is back.
+            self._unwritten.extend(
+                _Book(Booking(item.job.charge_id, item.job.team_id, unsent(item.job.order))) for item in batch.reserves
+            )
+        self._retry_at = time.monotonic() + self._retry_seconds
+        self._retry_seconds = min(RETRY_SECONDS_MAX, 2 * self._retry_seconds)
+        self._refuse(batch.reserves)
+
+    def _refuse(self, reserves: Sequence[_Reserve]) -> None:
+        futures = [item.answer for item in reserves]
+
+        def deliver() -> None:
+            for future in futures:
+                if not future.done():
+                    future.set_exception(LedgerDown())
+
+        if futures:
+            self._call(deliver)
+
+    def _call(self, deliver: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(deliver)
+        except RuntimeError:  # The loop is closed: nobody waits for an answer any more, and the books are written.
+            pass
+
+    def _confess(self) -> None:
+        for item in self._unwritten:
+            outcome = item.job.outcome
+            log.critical(
+                "booking_lost", charge=item.job.charge_id, state=outcome.state, settled_micro_usd=outcome.settled_micro_usd
+            )
+
+
+def _ids(batch: _Batch) -> list[str]:
+    return [item.job.charge_id for item in batch.reserves] + [item.job.charge_id for item in batch.books]
+
+
+def _cause(error: Exception) -> str:
+    """The driver's own words, without the statement and its values."""
+    return str(error.orig) if isinstance(error, DBAPIError) else type(error).__name__

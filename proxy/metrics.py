@@ -1,0 +1,161 @@
+"""Every metric, and the page that shows them. Labels come from closed sets: names of teams, and of what is priced.
+
+Counters are this program's own, in memory or, with several workers, in files that all of them share. Money gauges are
+not counted here: they are read from the ledger at each scrape.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from proxy import __version__
+from proxy.ledger.reports import Figures
+from proxy.ledger.teller import Step
+from proxy.money import MICRO_PER_USD
+
+# An image takes from a second to some minutes; an own step takes from a tenth of a millisecond to some seconds.
+_EXCHANGE_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600)
+_STEP_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+_IMAGE = ["team", "model", "operation", "size", "quality"]
+
+# A refusal that was made before a valid key was seen belongs to no team.
+NO_TEAM = ""
+
+MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+
+# The time of a series' birth, as a series of its own, doubles the page and tells nothing here.
+disable_created_metrics()
+
+
+class Metrics:
+    """The gateway's instruments. One object a process: the names are registered once."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
+            return Histogram(name, text, labels, buckets=tuple(buckets), registry=registry)
+
+        self.registry = registry
+        self.requests = counter(
+            "beanmeter_requests_total", "Exchanges, by the state of their charge at the end.", "team", "operation", "outcome"
+        )
+        self.refusals = counter("beanmeter_refusals_total", "Requests that the gateway refused.", "team", "code")
+        self.images = counter("beanmeter_images_total", "Images delivered.", *_IMAGE)
+        self.spend = counter("beanmeter_spend_usd_total", "Settled spend in USD.", *_IMAGE)
+        self.duration = histogram(
+            "beanmeter_request_duration_seconds",
+            "From a request's arrival to the end of its exchange.",
+            _EXCHANGE_SECONDS,
+            "operation",
+            "outcome",
+        )
+        self.first_byte = histogram(
+            "beanmeter_first_byte_seconds",
+            "From the hold to the first byte of the answer's body.",
+            _EXCHANGE_SECONDS,
+            "operation",
+        )
+        self.overhead = histogram(
+            "beanmeter_overhead_seconds", "What the gateway itself adds to a request.", _STEP_SECONDS, "stage"
+        )
+        self.inflight = Gauge(
+            "beanmeter_inflight_requests",
+            "Exchanges going on now.",
+            ["operation"],
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.upstream_responses = counter(
+            "beanmeter_upstream_responses_total", "Answers of the upstream.", "operation", "status_class"
+        )
+        self.response_bytes = counter("beanmeter_response_bytes_total", "Bytes of answers' bodies.", "operation")
+        self.ledger_commit = histogram(
+            "beanmeter_ledger_commit_seconds", "A ledger transaction, from its beginning to its commit.", _STEP_SECONDS, "step"
+        )
+        self.ledger_failures = counter("beanmeter_ledger_failures_total", "Ledger transactions that failed.", "step")
+        self.journal_entries = Gauge(
+            "beanmeter_journal_entries",
+            "Outcomes that wait to be booked because the database was away.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.overrun = counter(
+            "beanmeter_overrun_total", "Charges above what was held, because the answer reported dearer images."
+        )
+        self.cost_mismatch = counter(
+            "beanmeter_upstream_cost_mismatch_total", "Charges that differ from the cost which the upstream stated."
+        )
+
+    def committed(self, step: Step, seconds: float) -> None:
+        """A ledger transaction went well."""
+        self.ledger_commit.labels(step).observe(seconds)
+
+    def failed(self, step: Step) -> None:
+        """A ledger transaction failed."""
+        self.ledger_failures.labels(step).inc()
+
+    def page(self, accept: str, price_card: str, figures: Figures | None) -> tuple[bytes, str]:
+        """The page in the format that ``accept`` asks for, and its content type.
+
+        ``figures`` is ``None`` while the ledger can't be read: its gauges are absent then, not zero.
+        """
+        registry = self.registry
+        if MULTIPROCESS_DIR in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        encode, content_type = choose_encoder(accept)
+        return encode(_Page(registry, price_card, figures)), content_type
+
+
+class _Page:
+    """A registry's metrics, and what is read at the scrape, as an encoder takes them."""
+
+    def __init__(self, registry: CollectorRegistry, price_card: str, figures: Figures | None) -> None:
+        self._registry = registry
+        self._price_card = price_card
+        self._figures = figures
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._registry.collect()
+        yield _info("beanmeter_price_card_info", "The price card in force.", self._price_card)
+        yield _info("beanmeter_build_info", "The release that runs.", __version__)
+        if self._figures is not None:
+            yield from _ledger(self._figures)
+
+
+def _info(name: str, text: str, version: str) -> Metric:
+    metric = GaugeMetricFamily(name, text, labels=["version"])
+    metric.add_metric([version], 1)
+    return metric
+
+
+def _ledger(figures: Figures) -> Iterator[Metric]:
+    gauges: dict[str, Any] = {
+        amount: GaugeMetricFamily(f"beanmeter_budget_{amount}_usd", text, labels=["team", "period"])
+        for amount, text in (
+            ("limit", "A team's budget in USD."),
+            ("settled", "What is settled against a team's budget in its current period, in USD."),
+            ("held", "What is held against a team's budget in its current period, in USD."),
+        )
+    }
+    for budget in figures.budgets:
+        if budget.scope == "team":
+            labels = [budget.team, budget.period]
+            gauges["limit"].add_metric(labels, budget.limit_micro_usd / MICRO_PER_USD)
+            gauges["settled"].add_metric(labels, budget.settled_micro_usd / MICRO_PER_USD)
+            gauges["held"].add_metric(labels, budget.held_micro_usd / MICRO_PER_USD)
+    yield from gauges.values()
+    charges = GaugeMetricFamily("beanmeter_charges_open", "Charges that hold money, by state.", labels=["state"])
+    for state, count in figures.open_charges.items():
+        charges.add_metric([state], count)
+    yield charges
