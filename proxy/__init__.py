@@ -1,12 +1,19 @@
 """Beanmeter: a cost-metering reverse proxy for image generation.
 
-The rooms, from the ground up (a file imports only from floors below its own):
+The rooms, from the ground up. A file imports only from floors below its own.
 
-- floor 0: ``money``, ``periods``, ``errors``, ``skim``, ``tokens`` -- pure, know nothing of HTTP or SQL
-- floor 1: ``prices``, ``orders``, ``forms``, ``images``, ``taps``, ``headers``, ``settings`` -- pure
-- floor 2: ``ledger/``, ``spool``, ``upstream``, ``metrics``, ``logs`` -- files, sockets, the database
-- floor 3: ``gateway`` -- one exchange's life
-- floor 4: ``app``, ``server``, ``simulator``, ``demo``, ``cli/`` -- wiring and commands
+- floor 0: ``money``, ``periods``, ``tokens``, ``errors``, ``headers``, ``skim``, ``images`` -- pure, know nothing of each other
+- floor 1: ``prices``, ``forms`` -- pure: what an image costs, and how a form is read
+- floor 2: ``orders``, ``taps`` -- pure: what a request asks for, and what an answer brought
+- floor 3: ``outcomes``, ``settings``, ``spool`` -- what an end means for the money, what the operator decides, bodies on disk
+- floor 4: ``ledger/``, ``upstream``, ``logs``, ``simulator/`` -- the database, the way to BeansAI, a BeansAI to try against
+- floor 5: ``metrics``, ``keyring`` -- what is counted, who is calling
+- floor 6: ``exchange`` -- one exchange's life, from the hold to the books
+- floor 7: ``gateway``, ``endpoints`` -- from a client's request to an exchange, and what is asked with GET
+- floor 8: ``server`` -- the HTTP edge
+- floor 9: ``app`` -- wiring
+- floor 10: ``demo`` -- everything together, with sample teams
+- floor 11: ``cli/`` -- the commands
 """
 
 __version__ = "0.1.0"

@@ -32,7 +32,7 @@ NO_TEAM = ""
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 # The time of a series' birth, as a series of its own, doubles the page and tells nothing here.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:

@@ -1,0 +1,58 @@
+# Everything that a checkout needs: `make` and Python 3.11 or newer with its venv module, nothing else.
+
+PYTHON ?= python3
+UV ?= uv
+PYTEST_FLAGS ?=
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+
+.PHONY: run install test lint lock
+.DELETE_ON_ERROR:
+
+# Without an upstream key there is nothing to relay to, so the demo brings its own upstream.
+run: install
+	@config="$${BEANMETER_CONFIG:-beanmeter.toml}"; \
+	if [ -n "$$BEANMETER_UPSTREAM_KEY$$BEANMETER_UPSTREAM_KEY_FILE" ] \
+		|| grep -Eqs "^[[:space:]]*[\"']?upstream_key(_file)?[\"']?[[:space:]]*=" "$$config"; \
+	then exec $(VENV)/bin/beanmeter serve; \
+	else exec $(VENV)/bin/beanmeter demo; fi
+
+install: $(VENV)/.installed
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# Writes the lock files anew, with the newest releases that fit. The build's lock follows the development lock where
+# they name the same package, since both end up in one environment.
+lock:
+	$(LOCK) --upgrade pyproject.toml --output-file requirements.txt
+	$(LOCK) --upgrade pyproject.toml --extra dev --constraint requirements.txt --output-file requirements-dev.txt
+	printf 'hatchling>=1.27\neditables>=0.5\n' | \
+		$(LOCK) --upgrade - --constraint requirements-dev.txt --output-file requirements-build.txt
+
+# A stamp is touched last: an installation that was interrupted is taken up again.
+$(VENV)/.installed: requirements.txt requirements-build.txt pyproject.toml | $(VENV)/bin/python
+	@echo "Installing Beanmeter into $(VENV) ..." >&2
+	$(PIP) --require-hashes -r requirements.txt
+	$(PIP) --require-hashes -r requirements-build.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	@echo "Installing the development tools into $(VENV) ..." >&2
+	$(PIP) --require-hashes -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Beanmeter needs Python 3.11 or newer, and '$(PYTHON)' is not one." \
+			"Name another: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "'$(PYTHON) -m venv' failed: install the venv module (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }

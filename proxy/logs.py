@@ -1,0 +1,106 @@
+"""Logs: one JSON object a line, the libraries' like our own. What must not be seen in a log is taken out here and
+nowhere else: keys, passwords, query strings, local variables."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import TextIO
+
+import structlog
+from structlog.processors import JSONRenderer, TimeStamper, add_log_level, format_exc_info
+from structlog.stdlib import ProcessorFormatter, add_logger_name
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+REDACTED = "[redacted]"
+
+# An event of ours is flat and short; these stop a library's that is neither.
+_MAX_DEPTH = 6
+_MAX_ITEMS = 100
+_MAX_CHARACTERS = 16_384
+
+_SECRET = re.compile(
+    r"(?<![0-9A-Za-z])sk-[0-9A-Za-z_-]{4,}"  # team keys and upstream keys
+    r"|(?i:\bbearer\s+)[!-~]+"
+    r"|(?<=://)[^\s/@?#]*:[^\s/@]*(?=@)"  # user and password of a database URL
+)
+
+# Follows what can end a path; a placeholder in an SQL statement doesn't.
+_QUERY = re.compile(r"(?<=[\w/.~%-])\?[^\s\"'<>]+")
+
+
+def configure(stream: TextIO) -> None:
+    """Sends every log line of this process to ``stream``, as a rule standard error. May be called again.
+
+    A line has ``timestamp`` (UTC), ``level``, ``event``, then the event's fields; an exception is a traceback in
+    ``exception``. Our own events count from INFO on, the standard library's logging from WARNING on: what libraries
+    do in the ordinary course our own events tell better, and without addresses.
+    """
+    _destination.stream = stream
+    rendering: list[Processor] = [format_exc_info, _clean, JSONRenderer()]
+    gathering: list[Processor] = [add_log_level, TimeStamper(fmt="iso", utc=True)]
+    structlog.configure(
+        processors=[*gathering, *rendering],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file=_destination),  # type: ignore[arg-type]  # it writes, no more
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(_destination)
+    handler.setFormatter(
+        ProcessorFormatter(
+            foreign_pre_chain=[*gathering, add_logger_name],
+            processors=[ProcessorFormatter.remove_processors_meta, *rendering],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+
+
+class _Destination:
+    """Where lines go. Loggers keep it for as long as they live, so that the stream behind it can change."""
+
+    stream: TextIO | None = None
+
+    def write(self, text: str) -> None:
+        try:
+            if self.stream is not None:
+                self.stream.write(text)
+        except (OSError, ValueError):
+            # Nobody reads the log any more. An exchange still has to be paid for and booked.
+            pass
+
+    def flush(self) -> None:
+        try:
+            if self.stream is not None:
+                self.stream.flush()
+        except (OSError, ValueError):
+            pass
+
+
+_destination = _Destination()
+
+
+def _clean(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """The event in reading order, without secrets and query strings, and with nothing in it that JSON can't hold."""
+    head = {name: event.pop(name) for name in ("timestamp", "level", "event") if name in event}
+    return {name: _cleaned(value, _MAX_DEPTH) for name, value in {**head, **event}.items()}
+
+
+def _cleaned(value: object, depth: int) -> object:
+    if isinstance(value, str):
+        return _cleaned_text(value)
+    if value is None or isinstance(value, int | float):
+        return value
+    if isinstance(value, Mapping) and depth:
+        return {_cleaned_text(str(name)): _cleaned(value[name], depth - 1) for name in list(value)[:_MAX_ITEMS]}
+    if isinstance(value, list | tuple | set | frozenset) and depth:
+        return [_cleaned(item, depth - 1) for item in list(value)[:_MAX_ITEMS]]
+    return _cleaned_text(repr(value))
+
+
+def _cleaned_text(text: str) -> str:
+    if len(text) > _MAX_CHARACTERS:
+        # A traceback says what it is about at its end.
+        half = _MAX_CHARACTERS // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return _QUERY.sub("", _SECRET.sub(REDACTED, text))
