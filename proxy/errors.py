@@ -16,6 +16,9 @@ Refusal
 +-- ModelNotFound              404
 +-- InsufficientQuota          429  over a hard budget
 +-- RateLimitExceeded          429  over a request rate or concurrency limit
++-- IdempotencyKeyInUse        409  the first request with this idempotency key is still going on
++-- IdempotencyKeyReused       409  it has ended, and was paid for
++-- IdempotencyKeyMismatch     422  it was another request
 +-- LedgerUnavailable          503  nothing was held, nothing was sent
 +-- StorageUnavailable         503  no room to keep the body while it is read; nothing was sent
 +-- UpstreamUnreachable        502  no connection; nothing was sent
@@ -174,6 +177,43 @@ class RateLimitExceeded(Refusal):
         # Some SDKs ignore a Retry-After above 60, others obey it without end.
         seconds = max(1, min(60, retry_after_seconds))
         super().__init__(message, headers=((b"retry-after", b"%d" % seconds),))
+
+
+class IdempotencyKeyInUse(Refusal):
+    status = 409
+    code = "idempotency_key_in_use"
+
+    def __init__(self, first_request_id: str) -> None:
+        super().__init__(
+            f"Request {first_request_id} has the same Idempotency-Key and is still going on. Wait for its answer.",
+            param="Idempotency-Key",
+            headers=((b"retry-after", b"5"),),
+        )
+
+
+class IdempotencyKeyReused(Refusal):
+    status = 409
+    code = "idempotency_key_reused"
+
+    def __init__(self, first_request_id: str, cost: str) -> None:
+        super().__init__(
+            f"This Idempotency-Key was used by request {first_request_id}, which cost ${cost}. Nothing was sent again, and "
+            "its answer is not kept. To have another image made, send the request with another key.",
+            param="Idempotency-Key",
+            headers=(NO_RETRY,),
+        )
+
+
+class IdempotencyKeyMismatch(Refusal):
+    status = 422
+    code = "idempotency_key_mismatch"
+
+    def __init__(self, first_request_id: str) -> None:
+        super().__init__(
+            f"This Idempotency-Key was used by request {first_request_id} with another body. Use one key for one request; "
+            "a form that is sent again has to have the same boundary.",
+            param="Idempotency-Key",
+        )
 
 
 class LedgerUnavailable(Refusal):

@@ -18,16 +18,29 @@ import structlog
 from proxy import headers
 from proxy.errors import (
     SOURCE_HEADER,
+    IdempotencyKeyInUse,
+    IdempotencyKeyMismatch,
+    IdempotencyKeyReused,
     InsufficientQuota,
     InvalidApiKey,
     LedgerUnavailable,
+    RateLimitExceeded,
     Refusal,
     UpstreamCredentials,
     UpstreamFailed,
     UpstreamUnreachable,
 )
 from proxy.ledger.accounts import KeyHolder
-from proxy.ledger.decisions import Admitted, Booking, Decision, OverBudget, Reservation
+from proxy.ledger.decisions import (
+    Admitted,
+    Booking,
+    Decision,
+    OverBudget,
+    Repeatable,
+    Repeated,
+    Reservation,
+    TooFast,
+)
 from proxy.ledger.teller import LedgerDown, Teller
 from proxy.metrics import Metrics
 from proxy.money import MICRO_PER_USD, format_usd
@@ -90,6 +103,7 @@ class Request:
     query: bytes
     headers: headers.Headers
     body: Spool
+    repeat: Repeatable | None
     started: float
 
     @property
@@ -211,6 +225,7 @@ class Exchange:
             hold_micro_usd=request.hold_micro_usd,
             price_card=self._desk.card.version,
             timeout_seconds=self._desk.timeout_seconds,
+            repeat=request.repeat,
         )
         try:
             return await self._desk.teller.reserve(job)
@@ -415,6 +430,10 @@ def _refusal(decision: Decision | LedgerUnavailable) -> Refusal:
         return decision
     if isinstance(decision, OverBudget):
         return InsufficientQuota(_over_budget(decision))
+    if isinstance(decision, TooFast):
+        return RateLimitExceeded(_too_fast(decision), decision.retry_after_seconds)
+    if isinstance(decision, Repeated):
+        return _repeated(decision)
     return InvalidApiKey()
 
 
@@ -428,6 +447,21 @@ def _over_budget(decision: OverBudget) -> str:
         f"${format_usd(decision.cost_micro_usd)}. Nothing was sent upstream.{reset} "
         "Ask for a smaller size, a lower quality or fewer images, or ask the operator for a larger budget."
     )
+
+
+def _too_fast(decision: TooFast) -> str:
+    if decision.rpm is not None:
+        return f"The {decision.scope}'s limit of {decision.rpm} requests a minute is reached. Nothing was sent upstream."
+    return f"The {decision.scope}'s limit of {decision.concurrency} requests at a time is reached. Nothing was sent upstream."
+
+
+def _repeated(decision: Repeated) -> Refusal:
+    earlier = decision.earlier
+    if decision.other_body:
+        return IdempotencyKeyMismatch(earlier.request_id)
+    if earlier.state in ("reserved", "forwarded"):
+        return IdempotencyKeyInUse(earlier.request_id)
+    return IdempotencyKeyReused(earlier.request_id, format_usd(earlier.settled_micro_usd + earlier.reserved_micro_usd))
 
 
 def _stated_cost(value: bytes | None) -> int | None:

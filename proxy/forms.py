@@ -111,6 +111,8 @@ class Form:
             self._count_part()
             self._step = Form._read_head
         elif mark == b"--":
+            if not self._parts:
+                raise FormError("the form has no parts")
             self._step = Form._read_epilogue
         elif mark not in (b"\r", b"-"):
             raise FormError("a boundary must be followed by CRLF, or by two hyphens after the last part")
@@ -145,8 +147,6 @@ class Form:
         return delimiter + len(self._delimiter)
 
     def _read_epilogue(self, data: bytes, at: int) -> int:
-        if not self._parts:
-            raise FormError("the form has no parts")
         if data[at:].strip(_CRLF):
             raise FormError("only a line's end may follow the closing boundary")
         return len(data)

@@ -4,6 +4,8 @@ sent; a refusal leaves no trace in the books."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from datetime import datetime
@@ -13,9 +15,10 @@ from typing import Any
 import structlog
 
 from proxy import headers, tokens
-from proxy.errors import IncompleteBody, Refusal, RequestTooLarge, StorageUnavailable
+from proxy.errors import IncompleteBody, InvalidValue, Refusal, RequestTooLarge, StorageUnavailable
 from proxy.exchange import Client, Desk, Exchange, Link, Request, Send, refuse
 from proxy.keyring import Keyring
+from proxy.ledger.decisions import Repeatable
 from proxy.metrics import NO_TEAM
 from proxy.orders import Reading, open_order
 from proxy.prices import Operation
@@ -62,7 +65,8 @@ class Gateway:
             holder = await self._keyring.holder(scope["headers"])
             team = holder.team
             self._observe("authenticate", started)
-            reading = await self._read(operation, scope["headers"], receive, body)
+            repeat = _Repeat(operation, scope["headers"])
+            reading = await self._read(operation, scope["headers"], receive, body, repeat)
         except Refusal as refusal:
             body.close()
             self._desk.metrics.refusals.labels(team, refusal.code).inc()
@@ -80,6 +84,7 @@ class Gateway:
             query=scope["query_string"],
             headers=scope["headers"],
             body=body,
+            repeat=repeat.digests(),
             started=started,
         )
         await self._start(Exchange(self._desk, request, client))
@@ -97,7 +102,9 @@ class Gateway:
         # Shielded: whoever cancels the request, the exchange goes on.
         await asyncio.shield(task)
 
-    async def _read(self, operation: Operation, request_headers: headers.Headers, receive: Receive, body: Spool) -> Reading:
+    async def _read(
+        self, operation: Operation, request_headers: headers.Headers, receive: Receive, body: Spool, repeat: _Repeat
+    ) -> Reading:
         """The whole body, checked as it arrives, and what it asks for."""
         reader = open_order(
             operation,
@@ -121,6 +128,7 @@ class Gateway:
             if piece:
                 began = time.perf_counter()
                 reader.feed(piece)
+                repeat.feed(piece)
                 await _append(body, piece)
                 spent += time.perf_counter() - began
         began = time.perf_counter()
@@ -130,6 +138,25 @@ class Gateway:
 
     def _observe(self, stage: str, started: float) -> None:
         self._desk.metrics.overhead.labels(stage).observe(time.perf_counter() - started)
+
+
+class _Repeat:
+    """What a request with an ``Idempotency-Key`` is recognised by, gathered while its body is read."""
+
+    def __init__(self, operation: Operation, request_headers: headers.Headers) -> None:
+        keys = headers.values(request_headers, b"idempotency-key")
+        if keys and (len(keys) > 1 or not re.fullmatch(rb"[ -~]{1,255}", keys[0])):
+            raise InvalidValue("Send one Idempotency-Key of 1 to 255 printable ASCII characters.", "Idempotency-Key")
+        self._key = hashlib.sha256(keys[0]).digest() if keys else None
+        self._body = hashlib.sha256(operation.encode("ascii") + b"\0")
+
+    def feed(self, piece: bytes) -> None:
+        if self._key is not None:
+            self._body.update(piece)
+
+    def digests(self) -> Repeatable | None:
+        """The digests of a request whose whole body was fed; ``None`` for one that sent no key."""
+        return None if self._key is None else Repeatable(self._key, self._body.digest())
 
 
 async def _append(body: Spool, piece: bytes) -> None:

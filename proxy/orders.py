@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Protocol, TypeAlias
 
 from proxy.errors import (
@@ -23,7 +24,7 @@ from proxy.errors import (
 from proxy.forms import Field, Form, FormError
 from proxy.money import format_usd
 from proxy.prices import AUTO, ModelPrices, Operation, Order, PriceCard, nearest_size
-from proxy.skim import Found, Skim, SkimError
+from proxy.skim import Found, Skim, SkimError, Watch
 
 # Any name of the price card fits, also spelled with an escape for each character; what is longer is not in the table.
 VALUE_BYTES_MAX = 1_024
@@ -33,6 +34,16 @@ ECHO_CHARACTERS_MAX = 64
 
 # The fields that set the price, in the order in which they are checked.
 _READ = ("model", "size", "quality", "n", "stream")
+
+# Some JSON readers, Go's among them, take a name in any case, and the long s for an s. To them {"n": 1, "N": 10} asks for
+# ten images. Such a name is an unknown field and passes, but what it may mean is held: the dearest.
+_LIKE = {"s": "sS\u017f"}
+_SPELLINGS: Mapping[str, str] = {
+    "".join(letters): name
+    for name in _READ
+    for letters in product(*(_LIKE.get(letter, letter + letter.upper()) for letter in name))
+}
+_WATCH = Watch({(spelling,): VALUE_BYTES_MAX for spelling in _SPELLINGS})
 
 _COUNTS: Mapping[str, int] = {str(n): n for n in range(1, 11)}
 _JSON_SWITCH: Mapping[str, bool] = {"true": True, "false": False}
@@ -95,7 +106,7 @@ def open_order(
 class _JsonOrder:
     def __init__(self, clerk: _Clerk) -> None:
         self._clerk = clerk
-        self._skim = Skim({(name,): VALUE_BYTES_MAX for name in _READ}, strict=True)
+        self._skim = Skim(_WATCH, strict=True)
 
     def feed(self, chunk: bytes) -> None:
         try:
@@ -108,7 +119,10 @@ class _JsonOrder:
             self._skim.end()
         except SkimError as error:
             raise _invalid_json(error) from None
-        return self._clerk.read(((found.path[0], _said_in_json(found)) for found in self._skim.found), _JSON_SWITCH)
+        exact = [found for found in self._skim.found if found.path[0] in _READ]
+        reading = self._clerk.read(((found.path[0], _said_in_json(found)) for found in exact), _JSON_SWITCH)
+        doubtful = {_SPELLINGS[found.path[0]] for found in self._skim.found if found.path[0] not in _READ}
+        return reading if not doubtful else Reading(_at_its_dearest(reading.order, doubtful), reading.splice)
 
 
 class _FormOrder:
@@ -240,6 +254,16 @@ def _each_once(fields: Iterable[tuple[str, _Said | None]]) -> dict[str, _Said | 
         if name in twice:
             raise DuplicateParameter(name)
     return said
+
+
+def _at_its_dearest(order: Order, doubtful: Collection[str]) -> Order:
+    """The order as the dearest that it can mean to another reader of these fields."""
+    return replace(
+        order,
+        size=AUTO if "size" in doubtful else order.size,
+        quality=AUTO if "quality" in doubtful else order.quality,
+        n=max(_COUNTS.values()) if "n" in doubtful else order.n,
+    )
 
 
 def _count(said: _Said | None) -> int:

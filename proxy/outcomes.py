@@ -50,7 +50,7 @@ def answered(card: PriceCard, order: Order, hold_micro_usd: int, status: int, de
     charge = card.charge(order, delivery.images)
     if charge.images >= order.n:
         return _settled(charge, "delivered")
-    if delivery.error and (status < 300 or delivery.complete):
+    if delivery.error and delivery.complete:
         return _settled(charge, "failed_in_part") if charge.images else _released(order, "failed_upstream")
     if status >= 500:
         return _review(order, hold_micro_usd, charge, "broke_upstream")

@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Literal, TypeAlias
 
 Kind = Literal["string", "number", "true", "false", "null", "object", "array"]
@@ -97,6 +96,13 @@ class Found:
         return _decode(self.raw) if self.whole else _decode_cut(self.raw)
 
 
+class Watch:
+    """Patterns made ready, for a reader that is made often: it takes longer than to read a small document."""
+
+    def __init__(self, patterns: Mapping[tuple[str, ...], int]) -> None:
+        self.root = _plant(patterns)
+
+
 class Skim:
     """Feed it a document, in pieces of any size, and read ``found`` and ``whole`` at any time.
 
@@ -106,11 +112,12 @@ class Skim:
     After a :class:`SkimError` the reader is of no further use.
     """
 
-    def __init__(self, watch: Mapping[tuple[str, ...], int], *, strict: bool) -> None:
+    def __init__(self, watch: Mapping[tuple[str, ...], int] | Watch, *, strict: bool) -> None:
+        planted = watch if isinstance(watch, Watch) else Watch(watch)
         self.found: list[Found] = []
         self.whole = False
         self._strict = strict
-        self._node: _Node | None = _plant(tuple(watch.items()))  # what is watched of the value that comes next
+        self._node: _Node | None = planted.root  # what is watched of the value that comes next
         self._frames: list[_Frame] = [_Frame(is_object=False, node=None, index=-1)]
         self._step: _Step = Skim._start
         self._values = 0
@@ -367,12 +374,10 @@ class _Frame:
     index: int
 
 
-# The program watches for two or three sets of patterns, and a tree takes as long to plant as a request to read.
-@lru_cache(maxsize=16)
-def _plant(watch: tuple[tuple[tuple[str, ...], int], ...]) -> _Node:
+def _plant(patterns: Mapping[tuple[str, ...], int]) -> _Node:
     """The patterns as a tree. An array's elements have a branch of their own, so that a member named "*" is not one."""
     root = _Node()
-    for path, keep in watch:
+    for path, keep in patterns.items():
         node = root
         for name in path:
             if name == "*":

@@ -9,7 +9,7 @@ from email.parser import BytesParser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from multipart import MultipartSegment, PushMultipartParser
+from multipart import MultipartSegment, PushMultipartParser  # type: ignore[import-untyped]
 
 from proxy.forms import HEAD_BYTES_MAX, PARTS_MAX, Field, Form, FormError
 
@@ -93,7 +93,6 @@ def test_names(disposition: str, fields: list[tuple[str, bool]]) -> None:
         (form(part(SIZE), part(SIZE, b"low")), [("size", b"auto", False), ("size", b"low", False)]),
         (form(part(SIZE, b" auto\r\n")), [("size", b" auto\r\n", False)]),
         (form(part(SIZE, b"\r\n--")), [("size", b"\r\n--", False)]),
-        (form(part(SIZE, b"--b")), None),
         (form(part(SIZE, b"x--b--")), [("size", b"x--b--", False)]),
         (form(part(SIZE, b"\r\r\r\n\n-\r\n-\n\r")), [("size", b"\r\r\r\n\n-\r\n-\n\r", False)]),
         (form(part(SIZE, b"a" * 99)), [("size", b"a" * 32, False)]),
@@ -109,11 +108,8 @@ def test_names(disposition: str, fields: list[tuple[str, bool]]) -> None:
         (form(part(SIZE + b"\r\nx: " + b"x" * (HEAD_BYTES_MAX - len(SIZE) - 9))), [("size", b"auto", False)]),
     ],
 )
-def test_values(body: bytes, fields: list[tuple[str, bytes, bool]] | None) -> None:
-    if fields is None:
-        refuse(body)
-    else:
-        assert brief(read(body)) == fields
+def test_values(body: bytes, fields: list[tuple[str, bytes, bool]]) -> None:
+    assert brief(read(body)) == fields
 
 
 def refuse(body: bytes, boundary: bytes = b"b") -> None:
@@ -149,6 +145,7 @@ WHOLE = form(part(SIZE))
         WHOLE.replace(b"auto", b"auto\r--b"),
         WHOLE.replace(b"auto", b"auto\r--b\r\n"),
         WHOLE.replace(b"auto", b"\r--b"),
+        WHOLE.replace(b"auto", b"--b"),
         WHOLE.replace(b"auto\r\n", b""),
         WHOLE.replace(b"auto\r\n", b"auto\n"),
         WHOLE.replace(b"auto\r\n", b"auto\r"),
@@ -174,7 +171,7 @@ WHOLE = form(part(SIZE))
         form(part(SIZE + b"\r\nX: " + b"x" * HEAD_BYTES_MAX)),
         form(*[part(SIZE)] * (PARTS_MAX + 1)),
     ],
-)  # fmt: skip
+)
 def test_broken_forms(body: bytes) -> None:
     refuse(body)
 
@@ -274,13 +271,36 @@ def by_mail_reader(body: bytes) -> list[tuple[str, bytes, bool]]:
 FRAGMENTS = st.lists(
     st.sampled_from(
         [
-            b"--b\r\n", b"--b--\r\n", b"--b", b"--", b"\r\n", b"\r\n\r\n", b"\n", b"\r", b"-", b"b", b" ", b"\t", b";", b'"', b"\\",
-            SIZE, SIZE + b"\r\n\r\n", b'; filename="a.png"', b'; name="n"', b"; name=n", b"auto", b"Content-Type: text/plain",
-            b"Content-Length: 4\r\n", part(SIZE), part(SIZE, b"low"), part(SIZE.replace(b"size", b"image")),
+            b"--b\r\n",
+            b"--b--\r\n",
+            b"--b",
+            b"--",
+            b"\r\n",
+            b"\r\n\r\n",
+            b"\n",
+            b"\r",
+            b"-",
+            b"b",
+            b" ",
+            b"\t",
+            b";",
+            b'"',
+            b"\\",
+            SIZE,
+            SIZE + b"\r\n\r\n",
+            b'; filename="a.png"',
+            b'; name="n"',
+            b"; name=n",
+            b"auto",
+            b"Content-Type: text/plain",
+            b"Content-Length: 4\r\n",
+            part(SIZE),
+            part(SIZE, b"low"),
+            part(SIZE.replace(b"size", b"image")),
         ]
     ),
     max_size=14,
-).map(b"".join)  # fmt: skip
+).map(b"".join)
 
 
 @given(FRAGMENTS, FRAGMENTS, st.lists(st.integers(1, 20), min_size=1, max_size=9))
@@ -291,7 +311,8 @@ def test_what_is_taken_is_the_same_form_to_other_readers(opening: bytes, inside:
         except FormError:
             refuse(body)
             continue
-        pieces, at = [], 0
+        pieces: list[bytes] = []
+        at = 0
         while at < len(body):
             step = cuts[len(pieces) % len(cuts)]
             pieces.append(body[at : at + step])

@@ -1,4 +1,4 @@
-"""The first schema: teams, keys, budgets and their balances, charges, daily sums, audit rows, marks."""
+"""The first schema: teams, keys, budgets and their balances, charges, daily sums, limits, audit rows, marks."""
 
 from __future__ import annotations
 
@@ -113,6 +113,8 @@ def upgrade() -> None:
         sa.Column("input_tokens", sa.BigInteger(), nullable=True),
         sa.Column("output_tokens", sa.BigInteger(), nullable=True),
         sa.Column("price_card", sa.Text(), nullable=False),
+        sa.Column("idempotency_digest", sa.LargeBinary(length=32), nullable=True),
+        sa.Column("body_digest", sa.LargeBinary(length=32), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("deadline_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
@@ -146,6 +148,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("request_id", name=op.f("uq_charges_request_id")),
     )
     op.create_index("ix_charges_created_at", "charges", ["created_at"], unique=False)
+    op.create_index("ix_charges_key_id_created_at", "charges", ["key_id", "created_at"], unique=False)
     op.create_index(
         "ix_charges_open",
         "charges",
@@ -155,6 +158,44 @@ def upgrade() -> None:
         sqlite_where=sa.text("state IN ('reserved', 'forwarded', 'review')"),
     )
     op.create_index("ix_charges_team_id_created_at", "charges", ["team_id", "created_at"], unique=False)
+    op.create_index(
+        "uq_charges_idempotency",
+        "charges",
+        ["team_id", "idempotency_digest"],
+        unique=True,
+        postgresql_where=sa.text("idempotency_digest IS NOT NULL AND state <> 'released'"),
+        sqlite_where=sa.text("idempotency_digest IS NOT NULL AND state <> 'released'"),
+    )
+    op.create_table(
+        "limits",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("team_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("key_id", sa.Text(), nullable=True),
+        sa.Column("rpm", sa.Integer(), nullable=True),
+        sa.Column("concurrency", sa.Integer(), nullable=True),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.CheckConstraint("rpm >= 0 AND concurrency >= 0", name=op.f("ck_limits_not_negative")),
+        sa.CheckConstraint("rpm IS NOT NULL OR concurrency IS NOT NULL", name=op.f("ck_limits_limits_something")),
+        sa.ForeignKeyConstraint(["key_id"], ["keys.id"], name=op.f("fk_limits_key_id")),
+        sa.ForeignKeyConstraint(["team_id"], ["teams.id"], name=op.f("fk_limits_team_id")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_limits")),
+    )
+    op.create_index(
+        "uq_limits_key",
+        "limits",
+        ["team_id", "key_id"],
+        unique=True,
+        postgresql_where=sa.text("key_id IS NOT NULL"),
+        sqlite_where=sa.text("key_id IS NOT NULL"),
+    )
+    op.create_index(
+        "uq_limits_team",
+        "limits",
+        ["team_id"],
+        unique=True,
+        postgresql_where=sa.text("key_id IS NULL"),
+        sqlite_where=sa.text("key_id IS NULL"),
+    )
     op.create_table(
         "rollups",
         sa.Column("day", sa.Date(), nullable=False),

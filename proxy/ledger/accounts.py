@@ -17,11 +17,15 @@ from sqlalchemy import Connection, Row, select
 
 from proxy import periods, tokens
 from proxy.ledger.books import lock_teams, sum_charges
-from proxy.ledger.schema import audit, balances, budgets, keys, teams
+from proxy.ledger.schema import audit, balances, budgets, keys, limits, teams
 from proxy.periods import Period
 
 # A team's name is a metrics label, a column in reports and part of TEAM/KEY_ID on the command line.
 _NAME = re.compile(r"[^\W_][\w .@+&-]{0,62}[\w.+)]|[^\W_]", re.UNICODE)
+
+
+# More than any team sends; a larger number is a typing error.
+LIMIT_MAX = 1_000_000
 
 
 class AccountError(ValueError):
@@ -241,6 +245,69 @@ def _budget_terms(row: Row[Any]) -> dict[str, Any]:
 
 def _scope_name(team: str, key_id: str | None) -> str:
     return team if key_id is None else f"{team}/{key_id}"
+
+
+# Limits
+
+
+def set_limit(
+    connection: Connection,
+    team_name: str,
+    key_id: str | None,
+    *,
+    rpm: int | None = None,
+    concurrency: int | None = None,
+    now: datetime,
+    actor: str,
+) -> dict[str, Any]:
+    """Limit requests a minute, or exchanges at a time, of a team or a key. What is ``None`` stays as it was."""
+    if rpm is None and concurrency is None:
+        raise AccountError("say what to limit: --rpm, --concurrency or both")
+    if any(value is not None and not 0 <= value <= LIMIT_MAX for value in (rpm, concurrency)):
+        raise AccountError(f"a limit is a whole number from 0 to {LIMIT_MAX}")
+    team = _lock(connection, team_name)
+    _check_scope(connection, team, key_id)
+    found = _limit(connection, team.id, key_id)
+    before = None if found is None else {"rpm": found.rpm, "concurrency": found.concurrency}
+    after = {**(before or {"rpm": None, "concurrency": None}), **_given(rpm=rpm, concurrency=concurrency)}
+    if found is None:
+        connection.execute(limits.insert().values(team_id=team.id, key_id=key_id, created_at=now, **after))
+    else:
+        connection.execute(limits.update().where(limits.c.id == found.id).values(**after))
+    return _recorded(connection, "limit.set", _scope_name(team_name, key_id), before, after, now, actor)
+
+
+def remove_limit(connection: Connection, team_name: str, key_id: str | None, *, now: datetime, actor: str) -> None:
+    """Take the limits of a team or a key away."""
+    team = _lock(connection, team_name)
+    _check_scope(connection, team, key_id)
+    found = _limit(connection, team.id, key_id)
+    scope = _scope_name(team_name, key_id)
+    if found is None:
+        raise AccountError(f"{scope} has no limit; 'beanmeter limit list' shows those there are")
+    connection.execute(limits.delete().where(limits.c.id == found.id))
+    _recorded(connection, "limit.remove", scope, {"rpm": found.rpm, "concurrency": found.concurrency}, None, now, actor)
+
+
+def list_limits(connection: Connection, team_name: str | None = None) -> list[dict[str, Any]]:
+    """Limits of one team or of all: team, key_id, rpm, concurrency."""
+    query = (
+        select(teams.c.name.label("team"), limits.c.key_id, limits.c.rpm, limits.c.concurrency)
+        .join(teams, teams.c.id == limits.c.team_id)
+        .order_by(teams.c.name, limits.c.key_id.is_not(None), limits.c.key_id)
+    )
+    if team_name is not None:
+        query = query.where(limits.c.team_id == _team(connection, team_name).id)
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def _limit(connection: Connection, team_id: int, key_id: str | None) -> Row[Any] | None:
+    same_key = limits.c.key_id.is_(None) if key_id is None else limits.c.key_id == key_id
+    return connection.execute(select(limits).where(limits.c.team_id == team_id, same_key)).one_or_none()
+
+
+def _given(**values: int | None) -> dict[str, int]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 # Rows and their views

@@ -18,7 +18,21 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from proxy import periods
-from proxy.ledger.decisions import NEXT, Balance, Booking, Decision, KeyRefused, OverBudget, Reservation, admit
+from proxy.ledger.decisions import (
+    NEXT,
+    Admitted,
+    Balance,
+    Booking,
+    Decision,
+    Earlier,
+    KeyRefused,
+    Pace,
+    Reservation,
+    admit,
+    out_of_pace,
+    recognise,
+)
+from proxy.ledger.history import earlier_charges, paces_of
 from proxy.ledger.schema import balances, budgets, charges, keys, rollups, teams
 
 _RollupKey = tuple[date, int, str, str, str, str, str]
@@ -83,16 +97,18 @@ def _reserve(
 ) -> list[Decision]:
     valid = _valid_keys(connection, locked, reservations, now)
     open_budgets = _balances_of(connection, reservations, now)
+    paces = paces_of(connection, reservations, now)
+    used = earlier_charges(connection, reservations)
     decisions: list[Decision] = []
     rows: list[dict[str, object]] = []
     for job in reservations:
-        if (job.key_id, job.team_id) not in valid:
-            decisions.append(KeyRefused())
-            continue
-        applying = [balance for balance in open_budgets[job.team_id] if balance.key_id in (None, job.key_id)]
-        decision = admit(job.hold_micro_usd, applying, now)
+        decision: Decision = KeyRefused()
+        if (job.key_id, job.team_id) in valid:
+            own_paces = [pace for pace in paces[job.team_id] if pace.key_id in (None, job.key_id)]
+            applying = [balance for balance in open_budgets[job.team_id] if balance.key_id in (None, job.key_id)]
+            decision = _decide(job, used, own_paces, applying, now)
         decisions.append(decision)
-        if isinstance(decision, OverBudget):
+        if not isinstance(decision, Admitted):
             continue
         for balance in applying:
             moves.on_balance(balance.budget_id, periods.start(balance.period, now), 0, job.hold_micro_usd)
@@ -103,6 +119,30 @@ def _reserve(
     if rows:
         connection.execute(charges.insert(), rows)
     return decisions
+
+
+def _decide(
+    job: Reservation,
+    used: dict[tuple[int, bytes], Earlier],
+    paces: Sequence[Pace],
+    applying: Sequence[Balance],
+    now: datetime,
+) -> Decision:
+    """In this order: a repetition, the pace, the budgets. Whatever refuses leaves nothing behind."""
+    repeat = job.repeat
+    if repeat is not None:
+        repeated = recognise(repeat, used.get((job.team_id, repeat.key_digest)))
+        if repeated is not None:
+            return repeated
+    decision = out_of_pace(paces, now) or admit(job.hold_micro_usd, applying, now)
+    if isinstance(decision, Admitted):
+        for pace in paces:
+            pace.count(now)
+        if repeat is not None:
+            used[job.team_id, repeat.key_digest] = Earlier(
+                job.request_id, repeat.body_digest, "forwarded", 0, job.hold_micro_usd
+            )
+    return decision
 
 
 def _valid_keys(
@@ -178,6 +218,8 @@ def _charge_row(job: Reservation, now: datetime) -> dict[str, object]:
         "reserved_micro_usd": job.hold_micro_usd,
         "settled_micro_usd": 0,
         "price_card": job.price_card,
+        "idempotency_digest": job.repeat.key_digest if job.repeat else None,
+        "body_digest": job.repeat.body_digest if job.repeat else None,
         "created_at": now,
         "deadline_at": now + timedelta(seconds=job.timeout_seconds),
     }

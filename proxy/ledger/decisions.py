@@ -5,9 +5,10 @@ Pure: balances and the clock are arguments. Everything that decides over money i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal
 
 from proxy import periods
@@ -41,6 +42,15 @@ class Reservation:
     hold_micro_usd: int
     price_card: str
     timeout_seconds: float
+    repeat: Repeatable | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Repeatable:
+    """A request that its caller may send again: SHA-256 digests of the idempotency key, and of what came with it."""
+
+    key_digest: bytes
+    body_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +106,63 @@ class OverBudget:
     resets_at: datetime | None
 
 
+@dataclass(slots=True)
+class Pace:
+    """One limit and what counts against it now. ``recent`` requests were admitted within the last minute, the first of them
+    at ``oldest``; ``open`` exchanges are going on."""
+
+    scope: Scope
+    key_id: str | None
+    rpm: int | None
+    concurrency: int | None
+    recent: int
+    oldest: datetime | None
+    open: int
+
+    def count(self, now: datetime) -> None:
+        """One more request has been admitted."""
+        self.recent += 1
+        self.open += 1
+        self.oldest = self.oldest or now
+
+
+@dataclass(frozen=True, slots=True)
+class TooFast:
+    """The scope has had its requests of this minute, or its exchanges at a time; the other is ``None``."""
+
+    scope: Scope
+    rpm: int | None
+    concurrency: int | None
+    retry_after_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The charge that an idempotency key was first used for."""
+
+    request_id: str
+    body_digest: bytes
+    state: State
+    settled_micro_usd: int
+    reserved_micro_usd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """The idempotency key has been used: for this same request, or ``other_body`` for another one."""
+
+    earlier: Earlier
+    other_body: bool
+
+
 @dataclass(frozen=True, slots=True)
 class KeyRefused:
     """The key is unknown, revoked or expired, or its team is archived, at the time of the hold."""
 
 
-Decision = Admitted | OverBudget | KeyRefused
+Decision = Admitted | OverBudget | TooFast | Repeated | KeyRefused
+
+MINUTE = timedelta(seconds=60)
 
 
 def admit(hold_micro_usd: int, balances: Iterable[Balance], now: datetime) -> Admitted | OverBudget:
@@ -124,3 +185,22 @@ def admit(hold_micro_usd: int, balances: Iterable[Balance], now: datetime) -> Ad
     for balance in balances:
         balance.held_micro_usd += hold_micro_usd
     return Admitted(None if tightest is None else tightest.remaining_micro_usd)
+
+
+def out_of_pace(paces: Iterable[Pace], now: datetime) -> TooFast | None:
+    """The first limit that one more request would break; ``None`` if none."""
+    for pace in paces:
+        if pace.rpm is not None and pace.recent >= pace.rpm:
+            free_at = (pace.oldest or now) + MINUTE
+            return TooFast(pace.scope, pace.rpm, None, max(1, math.ceil((free_at - now).total_seconds())))
+        if pace.concurrency is not None and pace.open >= pace.concurrency:
+            # Nobody knows when an exchange ends; an image takes some seconds.
+            return TooFast(pace.scope, None, pace.concurrency, 5)
+    return None
+
+
+def recognise(repeat: Repeatable, earlier: Earlier | None) -> Repeated | None:
+    """Whether an idempotency key was used before; what was released may be tried again."""
+    if earlier is None or earlier.state == "released":
+        return None
+    return Repeated(earlier, other_body=earlier.body_digest != repeat.body_digest)

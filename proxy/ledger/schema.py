@@ -67,6 +67,10 @@ def _micro_usd(name: str) -> Column[int]:
     return Column(name, BigInteger, nullable=False)
 
 
+def _unique_where(name: str, *columns: str, where: str) -> Index:
+    return Index(name, *columns, unique=True, postgresql_where=text(where), sqlite_where=text(where))
+
+
 def _among(column: str, *values: str) -> str:
     return f"{column} IN ({', '.join(repr(value) for value in values)})"
 
@@ -109,23 +113,24 @@ budgets = Table(
     CheckConstraint(_among("period", "day", "week", "month", "total"), name="period"),
     CheckConstraint("limit_micro_usd >= 0", name="limit_not_negative"),
     # One budget a scope and period. Two partial indexes, because NULLs never equal each other in a plain one.
-    Index(
-        "uq_budgets_team",
-        "team_id",
-        "period",
-        unique=True,
-        postgresql_where=text("key_id IS NULL"),
-        sqlite_where=text("key_id IS NULL"),
-    ),
-    Index(
-        "uq_budgets_key",
-        "team_id",
-        "key_id",
-        "period",
-        unique=True,
-        postgresql_where=text("key_id IS NOT NULL"),
-        sqlite_where=text("key_id IS NOT NULL"),
-    ),
+    _unique_where("uq_budgets_team", "team_id", "period", where="key_id IS NULL"),
+    _unique_where("uq_budgets_key", "team_id", "key_id", "period", where="key_id IS NOT NULL"),
+)
+
+# How fast and how much at once a team, or one of its keys, may ask.
+limits = Table(
+    "limits",
+    metadata,
+    Column("id", _Serial, primary_key=True),
+    Column("team_id", ForeignKey("teams.id"), nullable=False),
+    Column("key_id", ForeignKey("keys.id")),
+    Column("rpm", Integer),
+    Column("concurrency", Integer),
+    Column("created_at", Instant, nullable=False),
+    CheckConstraint("rpm >= 0 AND concurrency >= 0", name="not_negative"),
+    CheckConstraint("rpm IS NOT NULL OR concurrency IS NOT NULL", name="limits_something"),
+    _unique_where("uq_limits_team", "team_id", where="key_id IS NULL"),
+    _unique_where("uq_limits_key", "team_id", "key_id", where="key_id IS NOT NULL"),
 )
 
 # What counts against a budget in one period: always the sum over the charges that were reserved in it.
@@ -169,6 +174,9 @@ charges = Table(
     Column("input_tokens", BigInteger),
     Column("output_tokens", BigInteger),
     Column("price_card", Text, nullable=False),
+    # SHA-256 of the caller's Idempotency-Key, and of the body it came with.
+    Column("idempotency_digest", LargeBinary(32)),
+    Column("body_digest", LargeBinary(32)),
     Column("created_at", Instant, nullable=False),
     Column("deadline_at", Instant, nullable=False),
     Column("finished_at", Instant),
@@ -194,6 +202,14 @@ charges = Table(
     CheckConstraint("state IN ('reserved', 'forwarded') OR finished_at IS NOT NULL", name="ended_has_time"),
     Index("ix_charges_team_id_created_at", "team_id", "created_at"),
     Index("ix_charges_created_at", "created_at"),
+    Index("ix_charges_key_id_created_at", "key_id", "created_at"),
+    # One upstream call an idempotency key; what was released may be tried again.
+    _unique_where(
+        "uq_charges_idempotency",
+        "team_id",
+        "idempotency_digest",
+        where="idempotency_digest IS NOT NULL AND state <> 'released'",
+    ),
     # Open charges are few among millions.
     Index(
         "ix_charges_open",

@@ -1,6 +1,7 @@
 """Plans an answer: its head, and the pieces of its body with when each is due and how many images are made by then.
 
-Pure: nothing is sent, billed or waited for here. Pieces share the images' bytes, so that ten images of 30 MB cost what one does.
+Pure: nothing is sent, billed or waited for here. Pieces share the images' bytes, so that ten images of 30 MB cost what one
+does.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ _HOLE_ENCODED = json.dumps(_HOLE)[1:-1].encode()
 
 # Three cents for a thousand output tokens, which is how the price table came about.
 _MICRO_USD_PER_TOKEN = 30
+
+# The order of magnitude; nothing is charged for them. They show how many images the simulator has found in a request.
+_TOKENS_PER_INPUT_IMAGE = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +244,7 @@ def _image(make: Make, index: int, beans: int = BEANS) -> tuple[dict[str, str], 
 
 def _usage(make: Make, images: int) -> dict[str, Any]:
     output = round(make.image_micro_usd / _MICRO_USD_PER_TOKEN) * images
-    text, image = len(make.ask.prompt) // 4 + 1, 300 * make.ask.references
+    text, image = len(make.ask.prompt) // 4 + 1, _TOKENS_PER_INPUT_IMAGE * (make.ask.references + make.ask.has_mask)
     details = {"text_tokens": text, "image_tokens": image}
     return {
         "total_tokens": text + image + output,
@@ -272,17 +276,12 @@ def _error_event(make: Make) -> Step:
 
 
 def _in_lines(events: list[Step], directives: Directives) -> Iterator[Step]:
-    """The events with the newlines asked for, and the end asked for. Payloads hold no newline, and are passed over."""
+    """The events with the newlines asked for, and the end asked for."""
     if events and directives.last_blank != "yes":
+        *before, last = events[-1].pieces
         end = {"no": b"\n", "bare": b""}[directives.last_blank]
-        last = events[-1].pieces
-        events[-1] = replace(events[-1], pieces=(*last[:-1], last[-1].removesuffix(b"\n\n") + end))
+        events[-1] = replace(events[-1], pieces=(*before, last.removesuffix(b"\n\n") + end))
     newline = NEWLINES[directives.newline]
     for step in events:
-        yield replace(
-            step, pieces=tuple(p if len(p) > _TEXT_BYTES_MAX else p.replace(b"\n", newline) for p in step.pieces if p)
-        )
-
-
-# Anything longer than this in an event is an image.
-_TEXT_BYTES_MAX = 2_000
+        # Images and JSON hold no newline of their own.
+        yield replace(step, pieces=tuple(piece.replace(b"\n", newline) for piece in step.pieces))

@@ -22,13 +22,14 @@ Answers that fail:
 Answers that surprise:
 
 - ``deliver=K``               K images (0 to 10), however many were asked for. K are made.
-- ``report-size=WxH|auto``, ``report-quality=Q``   the answer says this. Where it is in the price table it is also made, and billed.
+- ``report-size=WxH|auto``, ``report-quality=Q``   the answer says this; what is in the price table is also made, and billed
 - ``report=none``             the answer says neither size nor quality
 - ``cost=MICRO_USD``          what the cost header says, instead of the truth
 - ``json``                    a JSON answer to ``stream: true``
 - ``url``                     ``url`` in place of ``b64_json``
 - ``bytes=BYTES``             the size of each PNG, 1,000 to 32,000,000
-- ``latency=SECONDS``, ``preview-latency=SECONDS``   time for each image (or for the whole of an error), and for each preview, up to 600
+- ``latency=SECONDS``         time for each image, or for the whole of an error or silence; up to 600
+- ``preview-latency=SECONDS`` time for each preview
 - ``set-cookie``, ``duplicate-headers``              two cookies; one header three times
 
 Answers in another form:
@@ -141,7 +142,9 @@ def read_directives(prompt: str) -> Directives:
 
 
 def _unknown(word: str) -> Fault:
-    return Fault(400, f"The simulator knows no directive {word!r}; see its documentation.", param="prompt", code="sim_directive")
+    return Fault(
+        400, f"The simulator knows no directive {word!r}; see its documentation.", param="prompt", code="sim_directive"
+    )
 
 
 def _one_of(*values: str) -> Callable[[str, str], str]:

@@ -114,7 +114,7 @@ def _palette(chance: random.Random) -> bytes:
     low = (chance.randint(150, 215), chance.randint(110, 190), chance.randint(80, 200))
     high = (chance.randint(215, 255), chance.randint(200, 245), chance.randint(170, 240))
     gradient = [tuple(a + (b - a) * i // _RAMP for a, b in zip(low, high, strict=True)) for i in range(_RAMP)]
-    return bytes(channel for colour in gradient for channel in colour) + bytes.fromhex("8a6a50" "6f4328" "8f5d3b" "3b2013")
+    return bytes(channel for colour in gradient for channel in colour) + bytes.fromhex("8a6a506f43288f5d3b3b2013")
 
 
 def _bean(chance: random.Random, width: int, height: int) -> Iterator[Ellipse]:

@@ -20,14 +20,18 @@ import httptools
 from proxy.simulator.bills import Arrival
 from proxy.simulator.directives import Ending, Framing
 
-# A head above this gets 431; the SDKs send less than two kilobytes.
+# A head that isn't complete after this much gets 431; the SDKs send less than two kilobytes.
 HEAD_BYTES_MAX = 65_536
 
 # Large enough to keep a gigabyte a second going, small enough that a slow reader costs no memory.
 PIECE_BYTES = 262_144
 
-# Loopback takes a buffer in milliseconds; a reader that doesn't in this time gets its reset without the rest.
-_FLUSH_SECONDS = 10.0
+# Loopback takes a buffer in milliseconds; a reader that doesn't in ten seconds gets its reset without the rest.
+_FLUSH_LOOK_SECONDS = 0.001
+_FLUSH_LOOKS = 10_000
+
+# How long a client is given to close its side after ours is closed.
+_LEAVE_SECONDS = 10.0
 
 
 class Refused(Exception):
@@ -67,6 +71,7 @@ class RequestReader:
         self._arrived = arrived
         self._parser = httptools.HttpRequestParser(self)
         self._ready: deque[Request] = deque()
+        self._head_bytes = 0
         self._begin()
 
     async def next(self) -> Request | None:
@@ -82,16 +87,17 @@ class RequestReader:
                 raise error.__context__ if isinstance(error.__context__, Refused) else error from None
             except (httptools.HttpParserError, httptools.HttpParserUpgrade):
                 raise Refused(400) from None
+            self._check_head(len(data))
         return self._ready.popleft()
 
     def _begin(self) -> None:
         self._url = b""
         self._headers: list[tuple[str, str]] = []
-        self._head_bytes = 0
         self._request: Request | None = None
 
-    def _count_head(self, length: int) -> None:
-        self._head_bytes += length
+    def _check_head(self, data_bytes: int) -> None:
+        """Counts what has come since the last complete head; the parser tells of a header only when it is whole."""
+        self._head_bytes = self._head_bytes + data_bytes if self._request is None else 0
         if self._head_bytes > HEAD_BYTES_MAX:
             raise Refused(431)
 
@@ -101,11 +107,9 @@ class RequestReader:
         self._begin()
 
     def on_url(self, url: bytes) -> None:
-        self._count_head(len(url))
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count_head(len(name) + len(value))
         if self._request is None:  # A trailer comes after the head, and is none of ours.
             self._headers.append((name.decode("latin-1"), value.decode("latin-1")))
 
@@ -134,7 +138,8 @@ class RequestReader:
 class Wire:
     """One connection's way out. Once the client has left, everything sent is dropped: the simulator goes on making."""
 
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
         self._writer = writer
         self._chunked = False
         writer.transport.set_write_buffer_limits(high=PIECE_BYTES)
@@ -175,8 +180,11 @@ class Wire:
             # With no time to linger, closing sends RST in place of FIN.
             sock = self._writer.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self._writer.transport.abort()
-        self._writer.close()
+        elif not self._writer.transport.is_closing():
+            # Closing with bytes unread would reset the connection, and the client might lose the answer.
+            self._writer.write_eof()
+            await self._wait_for_leave(_LEAVE_SECONDS)
+        self._writer.transport.abort()
 
     async def _send(self, data: bytes) -> None:
         if self._writer.transport.is_closing():
@@ -190,21 +198,20 @@ class Wire:
     async def _wait_for_leave(self, seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
-                await self._writer.wait_closed()
+                while await self._reader.read(PIECE_BYTES):
+                    pass
         except (OSError, TimeoutError):
             pass
 
     async def _flush(self) -> None:
         """Waits until the client's machine has all that was sent: a reset throws away what is still on its way."""
-        sock = self._writer.get_extra_info("socket")
-        try:
-            async with asyncio.timeout(_FLUSH_SECONDS):
-                while not self._writer.transport.is_closing() and (
-                    self._writer.transport.get_write_buffer_size() or _unacknowledged_bytes(sock.fileno())
-                ):
-                    await asyncio.sleep(0.001)
-        except (OSError, TimeoutError):
-            pass
+        transport = self._writer.transport
+        descriptor = self._writer.get_extra_info("socket").fileno()
+        for _ in range(_FLUSH_LOOKS):
+            if transport.is_closing() or not (transport.get_write_buffer_size() or _unacknowledged_bytes(descriptor)):
+                return
+            # The kernel tells nobody when its buffer has gone: one has to look.
+            await asyncio.sleep(_FLUSH_LOOK_SECONDS)
 
 
 def _unacknowledged_bytes(descriptor: int) -> int:

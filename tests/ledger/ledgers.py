@@ -1,0 +1,191 @@
+"""Parts for the ledger's tests: a ledger with teams, jobs for it, and an auditor who adds everything up again from the
+charges. Sums may be taken on trust nowhere else."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from proxy import periods
+from proxy.ledger import accounts
+from proxy.ledger.books import post
+from proxy.ledger.decisions import Booking, Decision, Reservation
+from proxy.ledger.engine import Database
+from proxy.ledger.migrate import migrate
+from proxy.ledger.schema import balances, budgets, charges, metadata, rollups
+from proxy.outcomes import Outcome
+from proxy.periods import Period
+from proxy.prices import Order
+
+# A Sunday: the day, the ISO week and soon the month end together.
+NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
+
+ORDER = Order("generation", "gpt-image-2", "1024x1024", "high", 1, False)
+PRICE = 210_700
+
+ROLLUP_KEY = ("team_id", "key_id", "model", "operation", "size", "quality")
+
+_numbers = count(1)
+
+
+@dataclass(frozen=True)
+class Account:
+    """A team and one of its keys."""
+
+    team: str
+    team_id: int
+    key_id: str
+    key: str
+
+
+class Ledger:
+    """A migrated database, and each act on it in a transaction of its own."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.database = Database(url)
+        migrate(self.database)
+
+    def close(self) -> None:
+        self.database.close()
+
+    def account(self, team: str = "red", *, lifetime: timedelta | None = None) -> Account:
+        """A new team with a key."""
+        with self.database.writing() as connection:
+            accounts.add_team(connection, team, now=NOON, actor="test")
+        return self.another_key(team, lifetime=lifetime)
+
+    def another_key(self, team: str = "red", *, lifetime: timedelta | None = None) -> Account:
+        with self.database.writing() as connection:
+            key = accounts.add_key(connection, team, lifetime=lifetime, now=NOON, actor="test")
+            holder = accounts.holder_of(connection, accounts.tokens.digest(key.key))
+        assert holder is not None
+        return Account(team, holder.team_id, key.id, key.key)
+
+    def set_budget(
+        self,
+        limit: int,
+        period: Period = "total",
+        *,
+        team: str = "red",
+        key_id: str | None = None,
+        soft: bool = False,
+        now: datetime = NOON,
+    ) -> None:
+        with self.database.writing() as connection:
+            accounts.set_budget(connection, team, key_id, period, limit, soft=soft, now=now, actor="test")
+
+    def post(
+        self, reservations: Sequence[Reservation] = (), bookings: Sequence[Booking] = (), now: datetime = NOON
+    ) -> list[Decision]:
+        with self.database.writing() as connection:
+            return post(connection, reservations, bookings, now)
+
+    def charges(self) -> dict[str, dict[str, Any]]:
+        """All charges by id."""
+        with self.database.reading() as connection:
+            return {row.id: row._asdict() for row in connection.execute(select(charges))}
+
+    def content(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Every row of every table."""
+        with self.database.reading() as connection:
+            return content(connection)
+
+    def check(self) -> None:
+        with self.database.reading() as connection:
+            check(connection)
+
+
+def content(connection: Connection) -> dict[str, list[tuple[Any, ...]]]:
+    return {table.name: sorted(map(tuple, connection.execute(select(table))), key=repr) for table in metadata.tables.values()}
+
+
+def reservation(account: Account, order: Order = ORDER, *, hold: int = PRICE, timeout_seconds: float = 60) -> Reservation:
+    number = f"{next(_numbers):08}"
+    return Reservation(
+        charge_id=f"chg_{number}",
+        request_id=f"req_{number}",
+        team_id=account.team_id,
+        key_id=account.key_id,
+        order=order,
+        hold_micro_usd=hold,
+        price_card="test",
+        timeout_seconds=timeout_seconds,
+    )
+
+
+def settled(job: Reservation, amount: int | None = None, *, size: str | None = None) -> Booking:
+    """The booking of all images, at the hold if no amount is given."""
+    order = job.order
+    amount = job.hold_micro_usd if amount is None else amount
+    outcome = Outcome("settled", amount, 0, order.n, size or order.size, order.quality, "requested", "delivered")
+    return Booking(job.charge_id, job.team_id, outcome, upstream_status=200)
+
+
+def released(job: Reservation) -> Booking:
+    outcome = Outcome("released", 0, 0, 0, job.order.size, job.order.quality, None, "failed_upstream")
+    return Booking(job.charge_id, job.team_id, outcome, upstream_status=400)
+
+
+def reviewed(job: Reservation, known: int = 0, held: int | None = None) -> Booking:
+    """The booking of an end that nobody knows: ``known`` is owed already, ``held`` stays held."""
+    held = job.hold_micro_usd - known if held is None else held
+    outcome = Outcome(
+        "review", known, held, 1 if known else 0, job.order.size, job.order.quality, "requested" if known else None, "cut"
+    )
+    return Booking(job.charge_id, job.team_id, outcome, upstream_status=200)
+
+
+# The auditor
+
+
+def check(connection: Connection) -> None:
+    """Every balance and every daily sum is what the charges add up to, and nothing is anywhere else."""
+    rows = [row._asdict() for row in connection.execute(select(charges))]
+    _check_balances(connection, rows)
+    _check_rollups(connection, rows)
+
+
+def counted(budget: dict[str, Any], rows: Sequence[dict[str, Any]], start: Any) -> tuple[int, int]:
+    """(settled, held) of a budget's charges in the period that starts at ``start``, added up one by one."""
+    its = [
+        row
+        for row in rows
+        if row["team_id"] == budget["team_id"]
+        and budget["key_id"] in (None, row["key_id"])
+        and periods.start(budget["period"], row["created_at"]) == start
+    ]
+    return sum(row["settled_micro_usd"] for row in its), sum(row["reserved_micro_usd"] for row in its)
+
+
+def _check_balances(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+    of_budget = {row.id: row._asdict() for row in connection.execute(select(budgets))}
+    for row in connection.execute(select(balances)):
+        budget = of_budget[row.budget_id]
+        found = (row.settled_micro_usd, row.held_micro_usd)
+        assert found == counted(budget, rows, row.period_start), (budget, row.period_start)
+
+
+def _check_rollups(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+    expected: defaultdict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for row in rows:
+        sums = expected[periods.start("day", row["created_at"]), *(row[name] for name in ROLLUP_KEY)]
+        amounts = (1, row["images_delivered"], row["settled_micro_usd"], row["reserved_micro_usd"])
+        for place, amount in enumerate(amounts):
+            sums[place] += amount
+    found = {
+        (row.day, *(getattr(row, name) for name in ROLLUP_KEY)): [
+            row.requests,
+            row.images,
+            row.settled_micro_usd,
+            row.reserved_micro_usd,
+        ]
+        for row in connection.execute(select(rollups))
+    }
+    assert {key: sums for key, sums in found.items() if any(sums)} == expected
