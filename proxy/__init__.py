@@ -5,7 +5,8 @@ The rooms, from the ground up. A file imports only from floors below its own.
 - floor 0: ``money``, ``periods``, ``tokens``, ``errors``, ``headers``, ``skim``, ``images`` -- pure, know nothing of each other
 - floor 1: ``prices``, ``forms`` -- pure: what an image costs, and how a form is read
 - floor 2: ``orders``, ``taps`` -- pure: what a request asks for, and what an answer brought
-- floor 3: ``outcomes``, ``settings``, ``spool`` -- what an end means for the money, what the operator decides, bodies on disk
+- floor 3: ``outcomes``, ``settings``, ``spool``, ``transport`` -- what an end means for the money, what the operator decides,
+  bodies on disk, HTTP to one upstream
 - floor 4: ``ledger/``, ``upstream``, ``logs``, ``simulator/`` -- the database, the way to BeansAI, a BeansAI to try against
 - floor 5: ``metrics``, ``keyring`` -- what is counted, who is calling
 - floor 6: ``exchange`` -- one exchange's life, from the hold to the books

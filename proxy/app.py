@@ -4,40 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
+import shutil
 import socket
-import sys
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-import uvicorn
+import structlog
+import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
-from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.supervisors import Multiprocess
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
-from proxy import logs
 from proxy.endpoints import make_endpoints
 from proxy.errors import MethodNotAllowed
 from proxy.exchange import Client, Desk, refuse
 from proxy.gateway import Gateway
 from proxy.keyring import Keyring
 from proxy.ledger.engine import Database
+from proxy.ledger.journal import Journal
 from proxy.ledger.migrate import migrate
+from proxy.ledger.sweep import Sweeper
 from proxy.ledger.teller import Teller
-from proxy.metrics import MULTIPROCESS_DIR, Metrics
+from proxy.metrics import Metrics
 from proxy.prices import Operation, PriceCard
-from proxy.server import make_config
+from proxy.server import BACKLOG, PATIENCE, Patience, Server
 from proxy.settings import Settings, load, load_card
+from proxy.signals import Signals, Terms
+from proxy.supervisor import Supervisor
 from proxy.tokens import new_request_id
 from proxy.upstream import Upstream
 
 # The paths on the way of money, spelled so and not otherwise: another spelling of a path is another path.
 PRICED: dict[bytes, Operation] = {b"/v1/images/generations": "generation", b"/v1/images/edits": "edit"}
 
+# Who asks whether to send requests here is told before the connections end.
+READY = b"/readyz"
+
 # How long the last bookings may take when the process ends.
 CLOSE_SECONDS = 10
+
+log = structlog.get_logger(__name__)
 
 
 def utc_now() -> datetime:
@@ -45,125 +54,220 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class Application:
-    """The ASGI application. The priced paths go straight to the gateway, everything else to Starlette."""
+class _Shift:
+    """Requests that begin by the same settings and prices. They also end by them, whatever is decided meanwhile."""
 
-    def __init__(self, settings: Settings, card: PriceCard) -> None:
-        self._settings = settings
-        self._card = card
-        registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        self._metrics = Metrics(registry)
-        self._database = Database(settings.database_url.get_secret_value())
-        self._keyring = Keyring(self._database, utc_now, settings.revocation_seconds)
-        self._gateway: Gateway | None = None
-        self._rest: ASGIApp = make_endpoints(self._database, self._keyring, card, self._metrics, utc_now, self._lifespan)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        operation = PRICED.get(scope["raw_path"]) if scope["type"] == "http" else None
-        if operation is None or self._gateway is None:
-            await self._rest(scope, receive, send)
-        elif scope["method"] != "POST":
-            await refuse(Client(send, None), MethodNotAllowed("POST"), new_request_id(utc_now()))
-        else:
-            await self._gateway.handle(operation, scope, receive, send)
-
-    @asynccontextmanager
-    async def _lifespan(self, _app: object) -> AsyncIterator[None]:
-        settings = self._settings
+    def __init__(self, terms: Terms, database: Database, teller: Teller, metrics: Metrics) -> None:
+        settings, card = terms
         assert settings.upstream_key is not None
-        teller = Teller(self._database, utc_now, self._metrics)
-        upstream = Upstream(settings.upstream_url)
+        keyring = Keyring(database, utc_now, settings.revocation_seconds)
+        self._upstream = Upstream(settings.upstream_url)
         desk = Desk(
-            card=self._card,
+            card=card,
             teller=teller,
-            upstream=upstream,
+            upstream=self._upstream,
             upstream_key=settings.upstream_key.get_secret_value(),
-            metrics=self._metrics,
+            metrics=metrics,
             timeout_seconds=settings.upstream_timeout_seconds,
         )
         self._gateway = Gateway(
             desk,
-            self._keyring,
+            keyring,
             utc_now,
             aliases=settings.size_aliases,
             max_body_bytes=settings.max_body_bytes,
             spool_directory=Path(settings.state_dir) / "spool",
         )
-        teller.start()
+        self.rest = make_endpoints(database, keyring, card, metrics, utc_now, _no_lifespan)
+        self._requests = 0
+        self._quiet = asyncio.Event()
+
+    async def handle(self, operation: Operation, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ``POST`` of a priced path."""
+        self._requests += 1
+        self._quiet.clear()
+        try:
+            await self._gateway.handle(operation, scope, receive, send)
+        finally:
+            self._requests -= 1
+            if not self._requests:
+                self._quiet.set()
+
+    async def finish(self) -> None:
+        """Close once the last request is over. None may begin any more."""
+        if self._requests:
+            await self._quiet.wait()
+        await self._upstream.close()
+
+    async def close(self) -> None:
+        """End what is still open: what is known of it is booked."""
+        try:
+            await asyncio.wait_for(self._gateway.close(), CLOSE_SECONDS)
+        except TimeoutError:
+            log.critical("exchanges_not_booked", reason="the ledger did not take them in time; they come up for review")
+        await self._upstream.close()
+
+
+class Application:
+    """The ASGI application. The priced paths go straight to the gateway, everything else to Starlette."""
+
+    def __init__(self, settings: Settings, card: PriceCard) -> None:
+        self._terms = Terms(settings, card)
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self._metrics = Metrics(registry)
+        self._database = Database(settings.database_url.get_secret_value())
+        self._leaving = False
+        self._finishing: dict[_Shift, asyncio.Task[None]] = {}
+
+    @property
+    def settings(self) -> Settings:
+        """The settings by which requests are served now."""
+        return self._terms.settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        operation = PRICED.get(scope["raw_path"])
+        if operation is None:
+            leaving = self._leaving and scope["raw_path"] == READY
+            await (PlainTextResponse("the gateway is ending\n", 503) if leaving else self._shift.rest)(scope, receive, send)
+        elif scope["method"] != "POST":
+            await refuse(Client(send, None), MethodNotAllowed("POST"), new_request_id(utc_now()))
+        else:
+            try:
+                await self._shift.handle(operation, scope, receive, send)
+            except asyncio.CancelledError:
+                # The exchange was ended with the process: it is booked, and its client knows.
+                if not self._leaving:
+                    raise
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """What requests need: to be entered before the first, and left after the last."""
+        journals = self._journals
+        self._teller = Teller(self._database, utc_now, self._metrics, Journal(journals), self._metrics.journal_entries.set)
+        self._teller.start()
+        self._begin()
         try:
             yield
         finally:
+            self._sweeping.cancel()
             # Exchanges first, for they book; the teller next, for it writes; then what both used.
-            await self._gateway.close()
-            await teller.close(CLOSE_SECONDS)
-            await upstream.close()
+            for finishing in self._finishing.values():
+                finishing.cancel()
+            await asyncio.gather(*(shift.close() for shift in (self._shift, *self._finishing)))
+            await self._teller.close(CLOSE_SECONDS)
             self._database.close()
 
+    def adopt(self, terms: Terms) -> None:
+        """Serve by other settings and prices from now on; what is open goes on by those that it began with."""
+        former = self._shift
+        finishing = self._finishing[former] = asyncio.create_task(former.finish())
+        finishing.add_done_callback(lambda _: self._finishing.pop(former, None))
+        self._sweeping.cancel()
+        self._terms = terms
+        self._begin()
 
-def from_environment() -> Application:
-    """The application of a worker process, which finds its settings where its parent found them."""
-    logs.configure(sys.stderr)
-    settings = load(os.environ, Path.cwd())
-    return Application(settings, load_card(settings))
+    def leave(self) -> None:
+        """Say that no more requests should come."""
+        self._leaving = True
 
+    def _begin(self) -> None:
+        self._shift = _Shift(self._terms, self._database, self._teller, self._metrics)
+        sweeper = Sweeper(
+            self._database, self._teller, utc_now, journals=self._journals, review_hours=self.settings.review_hours
+        )
+        self._sweeping = asyncio.create_task(sweeper.run())
 
-class _Server(uvicorn.Server):
-    """A server that says when it listens."""
-
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._ready = ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._ready()
-
-
-def serve(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> int:
-    """Run the gateway until it is told to stop; the exit status of the process.
-
-    Migrates the database first. ``ready`` is called with the base URL once connections are accepted. Raises
-    ``SettingsError``, ``SchemaError``, SQLAlchemy's errors, and ``OSError`` where the address can't be listened on.
-    """
-    card = load_card(settings)
-    _migrate(settings)
-    listener = _listen(settings.host, settings.port)
-    base_url = _base_url(listener)
-    if settings.workers == 1:
-        config = make_config(Application(settings, card), settings.drain_seconds)
-        server = _Server(config, lambda: ready(base_url))
-        server.run(sockets=[listener])
-        return 0 if server.started else 1
-    config = make_config("proxy.app:from_environment", settings.drain_seconds, factory=True, workers=settings.workers)
-    with tempfile.TemporaryDirectory(prefix="metrics-", dir=_state_dir(settings)) as directory:
-        os.environ[MULTIPROCESS_DIR] = directory
-        ready(base_url)
-        Multiprocess(config, sockets=[listener]).run()
-    return 0
+    @property
+    def _journals(self) -> Path:
+        return self.settings.state_dir / "journal"
 
 
 @asynccontextmanager
-async def running(settings: Settings, host: str, port: int) -> AsyncIterator[str]:
-    """A gateway in this event loop; its base URL. Port 0 takes a free one."""
+async def _no_lifespan(_app: object) -> AsyncIterator[None]:
+    yield
+
+
+@asynccontextmanager
+async def serving(
+    application: Application, listener: socket.socket, end_now: asyncio.Event, patience: Patience = PATIENCE
+) -> AsyncIterator[None]:
+    """The application on a listening socket. At the end of the block open exchanges may finish, for as long as the settings
+    say and until ``end_now`` is set; what is open then is broken off, and booked as far as it is known."""
+    server = Server(application, patience)
+    try:
+        async with application.open():
+            await server.start(listener)
+            try:
+                yield
+            finally:
+                application.leave()
+                if not await server.drain(application.settings.drain_seconds, end_now):
+                    log.warning("exchanges_broken_off", reason="told to" if end_now.is_set() else "the time to drain is over")
+    finally:
+        await server.close()
+
+
+@asynccontextmanager
+async def running(settings: Settings, host: str, port: int, patience: Patience = PATIENCE) -> AsyncIterator[str]:
+    """A gateway in this event loop; its base URL. Port 0 takes a free one. Signals are the caller's."""
     card = load_card(settings)
     await asyncio.to_thread(_migrate, settings)
     listener = _listen(host, port)
-    listening = asyncio.Event()
-    server = _Server(make_config(Application(settings, card), settings.drain_seconds), listening.set)
-    # The caller's own signal handlers stay in charge.
-    task = asyncio.create_task(server._serve([listener]))
-    waiting = asyncio.create_task(listening.wait())
+    base_url = _base_url(listener)
+    async with serving(Application(settings, card), listener, asyncio.Event(), patience):
+        yield base_url
+
+
+def _read_environment() -> Settings:
+    return load(os.environ, Path.cwd())
+
+
+def serve(
+    settings: Settings,
+    ready: Callable[[str], None] = lambda _: None,
+    read: Callable[[], Settings] = _read_environment,
+) -> int:
+    """Run the gateway until it is told to stop; the exit status of the process.
+
+    Migrates the database first. ``ready`` is called with the base URL once requests are served. ``read`` reads the settings
+    again on SIGHUP. Raises ``SettingsError``, ``SchemaError``, SQLAlchemy's errors, and ``OSError`` where the address can't
+    be listened on.
+    """
+    # A core file would hold keys and prompts.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    terms = Terms(settings, load_card(settings))
+    _migrate(settings)
+    listener = _listen(settings.host, settings.port)
+    if settings.workers == 1:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve_alone(terms, listener, ready, read))
+        return 0
+    base_url = _base_url(listener)
+    metrics = _empty(settings.state_dir / "metrics" / base_url.split("/")[2])
     try:
-        await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            raise RuntimeError("the gateway did not start; the log says why") from task.exception()
-        yield _base_url(listener)
+        return asyncio.run(Supervisor(terms, listener, metrics, lambda: ready(base_url)).run(read))
     finally:
-        waiting.cancel()
-        server.should_exit = True
-        await task
+        shutil.rmtree(metrics, ignore_errors=True)
+
+
+async def _serve_alone(
+    terms: Terms, listener: socket.socket, ready: Callable[[str], None], read: Callable[[], Settings]
+) -> None:
+    signals = Signals()
+    signals.listen()
+    application = Application(*terms)
+    base_url = _base_url(listener)
+
+    async def follow() -> None:
+        async for renewed in signals.renewals(terms, read):
+            application.adopt(renewed)
+
+    async with serving(application, listener, signals.end_now):
+        ready(base_url)
+        following = asyncio.create_task(follow())
+        await signals.end.wait()
+        following.cancel()
 
 
 def _migrate(settings: Settings) -> None:
@@ -174,9 +278,11 @@ def _migrate(settings: Settings) -> None:
         database.close()
 
 
-def _state_dir(settings: Settings) -> Path:
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
-    return settings.state_dir
+def _empty(directory: Path) -> Path:
+    """An empty directory. Its name has the address in it, which nobody else listens on: what is in there is left over."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -187,11 +293,10 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind(address)
         # Another process on the port is told now, and not after the workers have started.
-        listener.listen(2048)
+        listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise
-    listener.set_inheritable(True)
     return listener
 
 

@@ -25,9 +25,8 @@ from proxy.ledger.accounts import NewKey, add_key, add_team, holder_of, list_key
 from proxy.ledger.books import post
 from proxy.ledger.decisions import Admitted, Booking, Reservation
 from proxy.ledger.engine import Database
-from proxy.ledger.migrate import mark, migrate
+from proxy.ledger.migrate import mark, migrate, set_mark
 from proxy.ledger.reports import list_budgets, spend
-from proxy.ledger.schema import marks
 from proxy.money import format_usd, parse_usd
 from proxy.outcomes import answered
 from proxy.prices import DeliveredImage, Operation, Order, PriceCard, shipped_card
@@ -78,7 +77,7 @@ class Habits:
 DESIGN = Habits(
     team="design",
     keys=("website", "campaign"),
-    sittings=3,
+    sittings=2,
     sizes=("1024x1024", "2048x1152", "2048x1152", "3840x2160", "auto"),
     qualities=("low", "medium", "medium", "high", "auto"),
     edits=0.3,
@@ -111,7 +110,7 @@ def run(database: Database, settings: Settings, tell: Callable[[str], None]) -> 
     """
     try:
         migrate(database)
-        _fill(database, datetime.now(UTC))
+        fill(database, datetime.now(UTC))
         asyncio.run(_run(database, settings, tell))
     finally:
         database.close()
@@ -202,8 +201,11 @@ def _program() -> str:
 # The sample books
 
 
-def _fill(database: Database, now: datetime) -> None:
-    """Teams, budgets and history, unless they are there: all of it in one transaction, so there is never a part of it."""
+def fill(database: Database, now: datetime) -> None:
+    """Teams, budgets and history, unless they are there: all of it in one transaction, so there is never a part of it.
+
+    Raises :class:`BooksInUse` for a database with teams of somebody's own.
+    """
     with database.writing() as connection:
         if holds_samples(connection):
             return
@@ -212,7 +214,7 @@ def _fill(database: Database, now: datetime) -> None:
                 "this database has teams of its own, and the demo would mix sample history into their books: "
                 "set BEANMETER_DATABASE_URL to another, or run the demo in another directory"
             )
-        connection.execute(marks.insert().values(name=MARK, value=now.isoformat()))
+        set_mark(connection, MARK, now.isoformat())
         begin = now - HISTORY
         for habits in (DESIGN, MARKETING):
             add_team(connection, habits.team, now=begin, actor=ACTOR)
@@ -241,7 +243,7 @@ def _work(connection: Connection, habits: Habits, dice: random.Random, begin: da
         sittings = habits.sittings if day.weekday() < 5 else dice.randrange(2)
         for minute in sorted(dice.randrange(8 * 60, 19 * 60) for _ in range(sittings)):
             at = day + timedelta(minutes=minute, seconds=dice.randrange(60))
-            orders = [_order(habits, dice) for _ in range(dice.randint(1, 4))]
+            orders = [_order(habits, dice) for _ in range(dice.randint(1, 5))]
             key = dice.choice(keys)
             if begin <= at <= end:
                 _make(connection, card, dice, team_id, key.id, orders, at)

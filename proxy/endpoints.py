@@ -132,7 +132,7 @@ class _Endpoints:
         return await self.refuse(request, UnknownUrl())
 
     async def not_allowed(self, request: Request, _error: Exception) -> Response:
-        return await self.refuse(request, MethodNotAllowed("GET"))
+        return await self.refuse(request, MethodNotAllowed("GET, HEAD"))
 
     async def failed(self, _request: Request, _error: Exception) -> Response:
         error = {"message": "The gateway failed; its log has the details.", "type": "server_error", "param": None}

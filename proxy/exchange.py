@@ -7,6 +7,7 @@ whatever was sent upstream is read to its end and booked.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -227,12 +228,22 @@ class Exchange:
             timeout_seconds=self._desk.timeout_seconds,
             repeat=request.repeat,
         )
+        answer = self._desk.teller.reserve(job)
         try:
-            return await self._desk.teller.reserve(job)
+            return await asyncio.shield(answer)
         except LedgerDown:
             return LedgerUnavailable()
+        except asyncio.CancelledError:
+            await self._undo(answer)
+            raise
         finally:
             self._desk.metrics.overhead.labels("reserve").observe(time.perf_counter() - started)
+
+    async def _undo(self, answer: asyncio.Future[Decision]) -> None:
+        """The process ends before anything was sent: what is being held is let go, once it is held."""
+        with contextlib.suppress(LedgerDown):
+            if isinstance(await answer, Admitted):
+                await self._desk.teller.book(self._booking(unsent(self._request.order), Delivery()))
 
     async def _carry_out(self, admitted: Admitted) -> None:
         """From here on the charge is in the books as forwarded: every way out of this function books its end."""

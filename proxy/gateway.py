@@ -129,9 +129,11 @@ class Gateway:
                 began = time.perf_counter()
                 reader.feed(piece)
                 repeat.feed(piece)
-                await _append(body, piece)
+                await _kept(body.append(piece))
                 spent += time.perf_counter() - began
         began = time.perf_counter()
+        # A disk that is full is told now, while nothing is held yet.
+        await _kept(body.seal())
         reading = reader.finish()
         self._desk.metrics.overhead.labels("read").observe(spent + time.perf_counter() - began)
         return reading
@@ -159,9 +161,9 @@ class _Repeat:
         return None if self._key is None else Repeatable(self._key, self._body.digest())
 
 
-async def _append(body: Spool, piece: bytes) -> None:
+async def _kept(writing: Awaitable[None]) -> None:
     try:
-        await body.append(piece)
+        await writing
     except SpoolFull as error:
         log.error("spool_full", cause=type(error.__cause__).__name__)
         raise StorageUnavailable from error

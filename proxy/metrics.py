@@ -7,13 +7,17 @@ not counted here: they are read from the ledger at each scrape.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, values
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.values import MultiProcessValue
 
 from proxy import __version__
 from proxy.ledger.reports import Figures
@@ -33,6 +37,20 @@ MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 # The time of a series' birth, as a series of its own, doubles the page and tells nothing here.
 disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+def share(directory: Path, number: int) -> None:
+    """Count in files of ``directory``, as one of several processes. To be called before the first :class:`Metrics`.
+
+    A process that takes a dead one's number counts on where that one stopped, so there are never more files than numbers.
+    """
+    os.environ[MULTIPROCESS_DIR] = str(directory)
+    values.ValueClass = MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]
+
+
+def forget_gauges(directory: Path, number: int) -> None:
+    """Let go of what a process said of itself that is true only of a living one."""
+    mark_process_dead(number, directory)  # type: ignore[no-untyped-call]
 
 
 class Metrics:
@@ -112,9 +130,27 @@ class Metrics:
         registry = self.registry
         if MULTIPROCESS_DIR in os.environ:
             registry = CollectorRegistry()
-            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            _Shared(registry)  # type: ignore[no-untyped-call]
         encode, content_type = choose_encoder(accept)
         return encode(_Page(registry, price_card, figures)), content_type
+
+
+class _Shared(MultiProcessCollector):
+    """The files of all processes together."""
+
+    def collect(self) -> Any:
+        # A process that is starting, or was killed while it did, has a file with nothing in it. The others' count all the same.
+        files = [str(path) for path in Path(self._path).glob("*.db") if _is_readable(path)]
+        return self.merge(files)  # type: ignore[no-untyped-call]
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        for _ in MmapedDict.read_all_values_from_file(path):  # type: ignore[no-untyped-call]
+            pass
+    except (OSError, RuntimeError, ValueError, struct.error):
+        return False
+    return True
 
 
 class _Page:

@@ -6,10 +6,14 @@ program multiplies a price.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from typing import Literal
 
@@ -82,6 +86,12 @@ class PriceCard:
 
     version: str
     models: Mapping[str, ModelPrices]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen characters that differ where a price does, whatever the version says."""
+        cells = {name: sorted((*cell, price) for cell, price in model.micro_usd.items()) for name, model in self.models.items()}
+        return hashlib.sha256(json.dumps(cells, sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
     def hold(self, order: Order) -> int:
         """Micro-USD to hold for an order: n x the price, or n x the dearest that fits where something is ``auto``."""
@@ -166,8 +176,6 @@ def dimensions(size: str) -> tuple[int, int]:
 
 
 def _log2(ratio: float) -> float:
-    import math
-
     return math.log2(ratio)
 
 

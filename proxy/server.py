@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
+import httptools
+import structlog
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
+from proxy.errors import SOURCE_HEADER, BadRequest, Refusal
 from proxy.gateway import LINK
 from proxy.headers import values
 
@@ -24,19 +32,81 @@ URL_BYTES_MAX = 8_192
 # What may wait in our memory for one slow reader, beside the piece that is being written.
 WAITING_BYTES_MAX = 512 * 1024
 
+# A head is a few kilobytes in one piece: who takes longer is not going to ask anything. A connection that has said nothing
+# yet counts too, for it costs a descriptor.
+HEAD_SECONDS = 10
+
 # The clients' own libraries let idle connections go after five seconds: they have to be first, or a request meets a
 # connection that is being closed.
 IDLE_SECONDS = 20
 
+# A body comes at a kilobyte a second at least, the pace of the first mobile phones; over half a minute, since a good
+# connection can be dead for some seconds and live again.
+BODY_SECONDS = 30
+BODY_BYTES_MIN = BODY_SECONDS * 1024
+
 # After hanging up, what was written already has this long to reach the client.
 LINGER_SECONDS = 30
+
+# How often is looked whether the last answers have gone out.
+LOOK_SECONDS = 0.05
+
+# When everything is over: how long the last bytes of answers that were broken off may take.
+CLOSE_SECONDS = 2
+
+# Clients that may wait to be accepted while all workers are busy.
+BACKLOG = 2048
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _HOST = re.compile(rb"[0-9A-Za-z.\-_:\[\]%]{1,255}")
 
 
-class Rejected(Exception):
-    """The head of a request can't be trusted; the connection ends with a 400."""
+log = structlog.get_logger(__name__)
+
+
+class Unreadable(BadRequest):
+    code = "bad_request"
+
+
+class RequestTimeout(Refusal):
+    status = 408
+    code = "request_timeout"
+
+    def __init__(self) -> None:
+        super().__init__("The request came too slowly, and the gateway waits no longer. Nothing was sent upstream.")
+
+
+class UrlTooLong(Refusal):
+    status = 414
+    code = "url_too_long"
+
+    def __init__(self) -> None:
+        super().__init__(f"The URL is longer than {URL_BYTES_MAX} bytes. What an order says belongs in its body.")
+
+
+class HeadTooLarge(Refusal):
+    status = 431
+    code = "headers_too_large"
+
+    def __init__(self) -> None:
+        super().__init__(f"The head of the request is larger than {HEAD_BYTES_MAX} bytes or {HEADERS_MAX} fields. Send fewer.")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a connection may keep us waiting: for a head, between requests, and for so many bytes of a body."""
+
+    head_seconds: float = HEAD_SECONDS
+    idle_seconds: float = IDLE_SECONDS
+    body_seconds: float = BODY_SECONDS
+    body_bytes_min: int = BODY_BYTES_MIN
+
+    @property
+    def shortest_seconds(self) -> float:
+        return min(self.head_seconds, self.idle_seconds, self.body_seconds)
+
+
+PATIENCE = Patience()
 
 
 class ClientLink:
@@ -63,37 +133,162 @@ class ClientLink:
 class Connection(HttpToolsProtocol):
     """One client's connection."""
 
-    # Bytes of a head that is not complete yet; the parser keeps an unfinished line to itself and tells nothing of it.
-    _head_bytes = 0
-    _head_done = False
+    def __init__(self, config: uvicorn.Config, server_state: ServerState, patience: Patience) -> None:
+        super().__init__(config, server_state, app_state={})
+        self._patience = patience
+        # Bytes since the parser last told of anything; it keeps an unfinished line, a header's or a trailer's, to itself.
+        self._untold_bytes = 0
+        self._in_head = False
+        self._last = False
+        self._deadline = 0.0
+        self._body_bytes = 0
+        self._paused = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is half here, or an answer has not gone out yet."""
+        return self._in_head or self._unanswered is not None or self.transport.get_write_buffer_size() > 0
+
+    @property
+    def _unanswered(self) -> RequestResponseCycle | None:
+        """The latest request, unless its answer is complete."""
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        return None if cycle is None or cycle.response_complete else cycle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=WAITING_BYTES_MAX)
+        self._allow(self._patience.head_seconds)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if not self._head_done and not self.transport.is_closing():
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES_MAX:
-                self.send_400_response("The head of the request is too large.")
+        self._untold_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._decline_upgrade()
+            self.data_received(data[offer.args[0] :])
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            self.reject(cause if isinstance(cause, Refusal) else Unreadable("The request can't be read as HTTP/1.1."))
+        else:
+            if self._untold_bytes > HEAD_BYTES_MAX:
+                self.reject(UrlTooLong() if self._in_head and len(self.url) > URL_BYTES_MAX else HeadTooLarge())
+
+    def reject(self, refusal: Refusal) -> None:
+        """Refuse what can't be read, and close; a request that came whole before it is owed its answer first."""
+        log.info("rejected", code=refusal.code, status=refusal.status, reason=refusal.message)
+        request = self._unanswered
+        if request is not None and not request.more_body:
+            request.keep_alive = False
+            self.flow.pause_reading()
+            return
+        # In the middle of another answer the words of this one would pass for a part of it.
+        if not self.pipeline and (request is None or not request.response_started):
+            self.transport.write(_answer(refusal))
+        if request is not None:
+            # What can't be read may stand in this request's own body: nothing more is done for it.
+            request.disconnected = True
+            request.message_event.set()
+        self.end()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head_bytes = 0
-        self._head_done = False
+        self._untold_bytes = 0
+        self._in_head = True
+        if self.cycle is not None:
+            # The first head's time began with the connection.
+            self._allow(self._patience.head_seconds)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # After the head come trailers, and nothing in them may pass for a header.
-        if not self._head_done:
-            super().on_header(name, value)
+        if self._in_head:
+            # The blanks behind a value are no part of it, and the way upstream takes none.
+            super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
-        self._head_done = True
+        self._untold_bytes = 0
+        self._in_head = False
         check_head(self.url, self.headers)
+        if self.parser.should_upgrade():
+            return
+        self._expect_body()
         super().on_headers_complete()
+        if self._last:
+            self.cycle.keep_alive = False
         extensions: dict[str, Any] = {LINK: ClientLink(self, self.cycle)}
         self.scope["extensions"] = extensions
+
+    def on_body(self, body: bytes) -> None:
+        self._untold_bytes = 0
+        super().on_body(body)
+        self._body_bytes += len(body)
+        self._paused |= self.flow.read_paused
+
+    def on_message_complete(self) -> None:
+        self._untold_bytes = 0
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        self._allow(self._patience.head_seconds if self._in_head else self._patience.idle_seconds)
+        super().on_response_complete()
+        # The one timer of a connection watches over idling too.
+        self._unset_keepalive_if_required()
+
+    def shutdown(self) -> None:
+        """Answer what is being asked, or what comes next, and nothing after that."""
+        self._last = True
+        if self._unanswered is not None:
+            self._unanswered.keep_alive = False
+
+    def _allow(self, seconds: float) -> None:
+        self._deadline = self.loop.time() + seconds
+
+    def _expect_body(self) -> None:
+        self._body_bytes = 0
+        self._paused = self.flow.read_paused
+        self._allow(self._patience.body_seconds)
+
+    def _watch(self) -> None:
+        # Whatever happens meanwhile sets a deadline at least this far away, so a look this often is never late.
+        now = self.loop.time()
+        if now >= self._deadline and not self.transport.is_closing():
+            if self._kept_waiting():
+                self._give_up()
+                return
+            self._expect_body()
+        wait = min(self._deadline - now, self._patience.shortest_seconds)
+        self._timer = self.loop.call_later(max(0.0, wait), self._watch)
+
+    def _kept_waiting(self) -> bool:
+        """Whether it is the client that did not do its part until the deadline, and not we who did not read or answer."""
+        request = self._unanswered
+        if request is None:
+            return True
+        excused = self._paused or self.flow.read_paused or not request.more_body
+        return not excused and self._body_bytes < self._patience.body_bytes_min
+
+    def _give_up(self) -> None:
+        if self._in_head or self._unanswered is not None:
+            self.reject(RequestTimeout())
+        else:
+            self.end()
+
+    def _decline_upgrade(self) -> None:
+        # Some clients offer HTTP/2 with their first request. The parser takes whatever follows the head for the other
+        # protocol, the request's own body too, so the head is read once more without the offer.
+        version = self.parser.get_http_version().encode("ascii")
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
 
     def end(self) -> None:
         """Close once what is written has gone out, or after a while in any case."""
@@ -102,37 +297,100 @@ class Connection(HttpToolsProtocol):
 
 
 def check_head(url: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-    """Raise :class:`Rejected` for a head that is too large, or whose meaning depends on who reads it."""
-    if len(url) > URL_BYTES_MAX or not url.startswith(b"/"):
-        raise Rejected("a path, and not a long one, follows the method")
+    """Raise a :class:`Refusal` for a head that is too large, or whose meaning depends on who reads it."""
+    if len(url) > URL_BYTES_MAX:
+        raise UrlTooLong
+    if not url.startswith(b"/") or b"#" in url:
+        raise Unreadable("A path follows the method, and no fragment follows the path.")
     if len(headers) > HEADERS_MAX or sum(len(name) + len(value) for name, value in headers) > HEAD_BYTES_MAX:
-        raise Rejected("fewer headers")
+        raise HeadTooLarge
     if any(_CONTROL.search(value) for _, value in headers):
-        raise Rejected("no control characters")
+        raise Unreadable("Headers hold no control characters.")
     hosts, lengths, codings = (values(headers, name) for name in (b"host", b"content-length", b"transfer-encoding"))
     if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
-        raise Rejected("exactly one Host")
+        raise Unreadable("A request has exactly one Host.")
     if len(lengths) > 1 or (lengths and codings) or not all(re.fullmatch(rb"[0-9]{1,15}", length) for length in lengths):
-        raise Rejected("one length, in digits")
+        raise Unreadable("A body has one length, in digits, or is chunked.")
     if codings and [coding.strip().lower() for coding in codings] != [b"chunked"]:
-        raise Rejected("no transfer coding but chunked")
+        raise Unreadable("There is no transfer coding but chunked.")
 
 
-def make_config(app: Any, drain_seconds: float, **more: Any) -> uvicorn.Config:
+def _answer(refusal: Refusal) -> bytes:
+    """A refusal as it stands on the wire, with the end of the connection announced."""
+    body = refusal.body()
+    head = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"connection", b"close"),
+        SOURCE_HEADER,
+        *refusal.headers,
+    ]
+    return STATUS_LINE[refusal.status] + b"".join(b"%s: %s\r\n" % field for field in head) + b"\r\n" + body
+
+
+class Server:
+    """Serves an ASGI application on one listening socket, from :meth:`start` over :meth:`drain` to :meth:`close`."""
+
+    def __init__(self, app: Any, patience: Patience = PATIENCE) -> None:
+        self._config = _config(app)
+        self._state = ServerState()
+        self._patience = patience
+
+    async def start(self, listener: socket.socket) -> None:
+        """Accept connections; the socket is the server's from now on."""
+        loop = asyncio.get_running_loop()
+        self._accepting = await loop.create_server(self._connection, sock=listener, backlog=BACKLOG)
+
+    async def drain(self, seconds: float, at_once: asyncio.Event) -> bool:
+        """Refuse new connections, and wait until everything that was begun is answered, whoever is left to read it.
+
+        Waits for at most ``seconds``, and until ``at_once`` is set; whether nothing is open any more.
+        """
+        self._accepting.close()
+        for connection in self._connections():
+            connection.shutdown()
+        await self._wait(lambda: not self._busy() or at_once.is_set(), seconds)
+        return not self._busy()
+
+    async def close(self) -> None:
+        """End all connections; what was written still has a moment to go out."""
+        for connection in self._connections():
+            connection.end()
+        await self._wait(lambda: not self._state.connections and not self._state.tasks, CLOSE_SECONDS)
+        for connection in self._connections():
+            connection.transport.abort()
+        for task in self._state.tasks:
+            task.cancel()
+
+    async def _wait(self, done: Callable[[], bool], seconds: float) -> None:
+        give_up_at = time.monotonic() + seconds
+        # Nobody is told when the last task or connection is gone.
+        while not done() and time.monotonic() < give_up_at:  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _connection(self) -> Connection:
+        return Connection(self._config, self._state, self._patience)
+
+    def _connections(self) -> list[Connection]:
+        return [connection for connection in self._state.connections if isinstance(connection, Connection)]
+
+    def _busy(self) -> bool:
+        # A request whose client has left has no connection, and still a task.
+        return bool(self._state.tasks) or any(connection.busy for connection in self._connections())
+
+
+def _config(app: Any) -> uvicorn.Config:
     """The server's configuration, with everything off that would add to an answer or to a log."""
-    return uvicorn.Config(
+    config = uvicorn.Config(
         app,
         http=Connection,
         ws="none",
-        loop="uvloop",
-        lifespan="on",
+        lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=max(1, int(drain_seconds)),
-        backlog=2048,
-        **more,
     )
+    config.load()
+    return config

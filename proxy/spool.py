@@ -22,7 +22,7 @@ class SpoolFull(Exception):
 
 
 class Spool:
-    """One body. Append, then read from the beginning as often as needed, then close."""
+    """One body. Append, then seal, then read from the beginning as often as needed, then close."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -40,13 +40,17 @@ class Spool:
             # A disk can be slow, and the loop has other requests to serve.
             await _in_thread(self._flush)
 
+    async def seal(self) -> None:
+        """Put the last pieces where the others are, so that reading needs no more room. Raises :class:`SpoolFull`."""
+        if self._file is not None and self._pieces:
+            await _in_thread(self._flush)
+
     async def read(self, splice: Splice | None = None) -> AsyncIterator[bytes]:
         """The body from its beginning, with the splice's replacement in its place."""
         if self._file is None:
             yield _spliced(b"".join(self._pieces), splice)
             return
-        if self._pieces:
-            await _in_thread(self._flush)
+        assert not self._pieces, "a body is sealed before it is read"
         spans = [(0, self.size)] if splice is None else [(0, splice.start), (splice.end, self.size)]
         for index, (start, end) in enumerate(spans):
             if index and splice is not None:

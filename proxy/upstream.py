@@ -14,14 +14,11 @@ from urllib.parse import urlsplit
 import httpx2
 
 from proxy.headers import Headers
+from proxy.transport import Transport
 
 Framing = Literal["length", "chunked", "close"]
 
 CONNECT_SECONDS = 10
-
-# An idle connection that the other side is about to close turns a paid POST into a reset that nobody can explain. Servers
-# keep idle connections for five seconds and more; one that was idle for longer than this is not used again.
-IDLE_SECONDS = 2
 
 
 class Unreachable(Exception):
@@ -74,8 +71,9 @@ class Upstream:
         parts = urlsplit(base_url)
         self._path = parts.path.encode("ascii")
         self.host = parts.netloc.encode("ascii")
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS)
-        self._transport = httpx2.AsyncHTTPTransport(verify=verify, limits=limits, retries=0)
+        url = httpx2.URL(base_url)
+        tls = httpx2.create_ssl_context(verify=verify) if url.scheme == "https" else None
+        self._transport = Transport(url, connect_seconds=CONNECT_SECONDS, tls=tls)
 
     async def post(self, path: str, query: bytes, headers: Headers, body: Callable[[], AsyncIterator[bytes]]) -> Answer:
         """Send one request to ``path`` below the base URL; its answer, as soon as the head of it is there.
@@ -89,7 +87,7 @@ class Upstream:
             self._base_url + path,
             headers=list(headers),
             stream=_Body(body()),
-            extensions={"timeout": {"connect": CONNECT_SECONDS}, "target": target},
+            extensions={"target": target},
         )
         try:
             response = await self._transport.handle_async_request(request)
@@ -97,6 +95,10 @@ class Upstream:
             raise Unreachable(type(error).__name__) from error
         except (httpx2.TransportError, OSError, ssl.SSLError) as error:
             raise BrokeOff(type(error).__name__) from error
+        if not 200 <= response.status_code < 600:
+            # No answer that HTTP knows, and none that a server could pass on.
+            await response.stream.aclose()  # type: ignore[union-attr]
+            raise BrokeOff(f"status {response.status_code}")
         raw = response.headers.raw
         framing, length = _framing(response.status_code, raw)
         return Answer(response.status_code, raw, framing, length, response)

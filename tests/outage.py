@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import closing, contextmanager
 
 import psycopg
 
 
 @contextmanager
 def database_away(database_url: str) -> Iterator[None]:
-    """Nobody can connect for as long as the block lasts.
-
-    On PostgreSQL open connections are ended too. SQLite has no connections to end: what a process has open already goes
-    on working, so take the file away from one that has not opened it yet.
-    """
+    """For as long as the block lasts, nothing can be read from the database and nothing written, by anybody."""
     away = _sqlite_away if database_url.startswith("sqlite") else _postgresql_away
     with away(database_url):
         yield
@@ -23,16 +19,15 @@ def database_away(database_url: str) -> Iterator[None]:
 
 @contextmanager
 def _sqlite_away(database_url: str) -> Iterator[None]:
-    path = Path(database_url.removeprefix("sqlite:///"))
-    kept = path.with_name("kept.db")
-    path.rename(kept)
-    # In its place stands what can't be opened, and nothing can be made anew.
-    path.mkdir()
-    try:
-        yield
-    finally:
-        path.rmdir()
-        kept.rename(path)
+    # A file that a process has open it keeps, even where it is renamed or removed; its tables can be put out of sight.
+    with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"), isolation_level=None)) as connection:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+        tables = [name for name in tables if not name.startswith("sqlite_")]
+        connection.executescript("".join(f"ALTER TABLE {name} RENAME TO away_{name};" for name in tables))
+        try:
+            yield
+        finally:
+            connection.executescript("".join(f"ALTER TABLE away_{name} RENAME TO {name};" for name in tables))
 
 
 @contextmanager

@@ -721,6 +721,15 @@ def test_ten_large_images_arrive_whole(simulator: Simulator) -> None:
     assert [len(decoded(json.loads(line)["b64_json"])) for line in lines] == [3_000_000] * 10
 
 
+def test_a_client_that_has_closed_its_side_still_gets_the_whole_answer(simulator: Simulator) -> None:
+    with socket.create_connection((simulator.host, simulator.port), PATIENCE_SECONDS) as connection:
+        connection.sendall(request_bytes("[[sim bytes=9000000]]"))
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile("rb") as answer:
+            body = answer.read().partition(b"\r\n\r\n")[2]
+    assert len(decoded(json.loads(body)["data"][0]["b64_json"])) == 9_000_000
+
+
 def test_it_runs_as_a_process_until_it_is_told_to_stop() -> None:
     program = "from proxy.simulator import run_simulator; run_simulator(port=0, ready=lambda s: print(s.port, flush=True))"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=dict(os.environ)) as process:

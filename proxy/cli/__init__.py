@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from proxy import __version__
-from proxy.cli import budgets, doctor, keys, prices, reports, running, teams
+from proxy.cli import budgets, doctor, keys, limits, prices, reports, reviews, running, teams
 from proxy.cli.failures import explain
 
 app = typer.Typer(
@@ -36,9 +36,12 @@ app.command()(doctor.doctor)
 app.add_typer(teams.app, name="team")
 app.add_typer(keys.app, name="key")
 app.add_typer(budgets.app, name="budget")
+app.add_typer(limits.app, name="limit")
 app.command()(prices.prices)
 app.command()(reports.spend)
 app.command()(reports.charges)
+app.add_typer(reviews.app, name="review")
+app.command()(reviews.audit)
 
 
 def _show_version(wanted: bool) -> None:

@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else there.")]
 Team = Annotated[str, typer.Argument(metavar="TEAM", show_default=False)]
-SomeTeam = Annotated[str | None, typer.Argument(metavar="[TEAM]", show_default=False, help="Only this team's.")]
+SomeTeam = Annotated[str | None, typer.Argument(metavar="TEAM", show_default=False, help="Only this team's.")]
 KeyId = Annotated[str, typer.Argument(metavar="KEY_ID", show_default=False, help="As 'beanmeter key list' shows it.")]
 Since = Annotated[
     str | None,

@@ -48,7 +48,7 @@ def set_(
     from proxy.ledger import accounts
 
     limit_micro_usd = read("USD", lambda: parse_usd(usd))
-    team, key_id = read("TEAM[/KEY_ID]", lambda: _parse_scope(scope))
+    team, key_id = read("TEAM[/KEY_ID]", lambda: parse_scope(scope))
     with writing() as connection:
         accounts.set_budget(connection, team, key_id, per, limit_micro_usd, soft=soft, now=now(), actor=actor())
         row = _row(connection, team, key_id, per)
@@ -77,7 +77,7 @@ def remove(scope: Scope, per: Per, as_json: Json = False) -> None:
     """Take a budget away. What was spent stays in the books."""
     from proxy.ledger import accounts
 
-    team, key_id = read("TEAM[/KEY_ID]", lambda: _parse_scope(scope))
+    team, key_id = read("TEAM[/KEY_ID]", lambda: parse_scope(scope))
     with writing() as connection:
         row = _row(connection, team, key_id, per)
         accounts.remove_budget(connection, team, key_id, per, now=now(), actor=actor())
@@ -98,7 +98,8 @@ def _row(connection: Connection, team: str, key_id: str | None, period: Period) 
     return next((row for row in rows(connection, team) if (row["key_id"], row["period"]) == (key_id, period)), None)
 
 
-def _parse_scope(text: str) -> tuple[str, str | None]:
+def parse_scope(text: str) -> tuple[str, str | None]:
+    """The team, and the key's id where the text names one. Raises ``ValueError`` with a message for the reader."""
     team, slash, key_id = text.partition("/")
     if not team or (slash and not key_id):
         raise ValueError(f"{text!r} names no team or no key: write TEAM, or TEAM/KEY_ID for one of its keys")

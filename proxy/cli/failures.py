@@ -4,6 +4,7 @@ usage, is Typer's own."""
 from __future__ import annotations
 
 import errno
+from socket import gaierror
 
 FAILED = 1
 WRONG_SETTINGS = 3
@@ -35,6 +36,8 @@ def explain(error: Exception) -> tuple[int, str] | None:
             return FAILED, "an argument is not text in UTF-8"
         case OSError(errno=errno.EADDRINUSE):
             return FAILED, "another process listens on this port already; choose another with --port"
+        case gaierror() | OSError(errno=errno.EADDRNOTAVAIL):
+            return FAILED, "this machine has no such address; choose another with --host"
         case OSError():
             return FAILED, _one_line(error)
         case _:

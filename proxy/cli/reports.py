@@ -44,7 +44,7 @@ def spend(
     from proxy.ledger import reports
 
     groups = read("--by", lambda: _parse_groups(by, reports.GROUPS))
-    first, last = _span(since, until)
+    first, last = span(since, until)
     with reading() as connection:
         rows = reports.spend(connection, groups, since=first, until=last)
     columns = (*groups, *_SUMS)
@@ -67,7 +67,7 @@ def charges(
     """List what was charged, request by request. Oldest first; a request that was refused is not among them."""
     from proxy.ledger import accounts, reports
 
-    first, last = _span(since, until)
+    first, last = span(since, until)
     with reading() as connection:
         if team is not None:
             accounts.show_team(connection, team)  # A mistyped name is an error, not an empty list.
@@ -77,12 +77,13 @@ def charges(
         elif style == "jsonl":
             print_json_lines(rows)
         elif style == "csv":
-            print_csv(reports._LISTED, rows)
+            print_csv(reports.CHARGE_COLUMNS, rows)
         else:
             print_table(_SHOWN, rows)
 
 
-def _span(since: str | None, until: str | None) -> tuple[datetime | None, datetime | None]:
+def span(since: str | None, until: str | None) -> tuple[datetime | None, datetime | None]:
+    """The moments that ``--since`` (inclusive) and ``--until`` (exclusive) mean."""
     at = now()
     first = None if since is None else read("--since", lambda: parse_when(since, at, end=False))
     last = None if until is None else read("--until", lambda: parse_when(until, at, end=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,6 +43,9 @@ def serve(host: Host = None, port: Port = None, workers: Workers = None) -> None
         if not has_teams:
             say("There is no team yet. Make one: beanmeter team add NAME; beanmeter key add NAME")
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # The server raises the signal again once all is closed: who was told to stop, and has, did not fail.
+        signal.signal(number, lambda *_: sys.exit(0))
     logs.configure(sys.stderr)
     raise typer.Exit(app.serve(settings, ready))
 

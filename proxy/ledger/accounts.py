@@ -15,14 +15,17 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select
 
-from proxy import periods, tokens
-from proxy.ledger.books import lock_teams, sum_charges
-from proxy.ledger.schema import audit, balances, budgets, keys, limits, teams
+from proxy import tokens
+from proxy.ledger.books import lock_teams, open_balance
+from proxy.ledger.schema import audit, balances, budgets, keys, limits, marks, teams
 from proxy.periods import Period
 
 # A team's name is a metrics label, a column in reports and part of TEAM/KEY_ID on the command line.
 _NAME = re.compile(r"[^\W_][\w .@+&-]{0,62}[\w.+)]|[^\W_]", re.UNICODE)
 
+
+# The mark that holds the price card last used with this database.
+_PRICES = "prices"
 
 # More than any team sends; a larger number is a typing error.
 LIMIT_MAX = 1_000_000
@@ -81,7 +84,7 @@ def add_team(connection: Connection, name: str, *, now: datetime, actor: str) ->
     if connection.execute(select(teams.c.id).where(teams.c.name == name)).first():
         raise AccountError(f"a team named {name!r} exists already; 'beanmeter team list' shows all, archived ones too")
     connection.execute(teams.insert().values(name=name, created_at=now))
-    return _recorded(connection, "team.add", name, None, _team_view(_team(connection, name)), now, actor)
+    return record(connection, "team.add", name, None, _team_view(_team(connection, name)), now, actor)
 
 
 def archive_team(connection: Connection, name: str, *, now: datetime, actor: str) -> dict[str, Any]:
@@ -91,7 +94,7 @@ def archive_team(connection: Connection, name: str, *, now: datetime, actor: str
     if team.archived_at is not None:
         return before
     connection.execute(teams.update().where(teams.c.id == team.id).values(archived_at=now))
-    return _recorded(connection, "team.archive", name, before, before | {"archived_at": now}, now, actor)
+    return record(connection, "team.archive", name, before, before | {"archived_at": now}, now, actor)
 
 
 def list_teams(connection: Connection) -> list[dict[str, Any]]:
@@ -136,7 +139,7 @@ def add_key(
             expires_at=key.expires_at,
         )
     )
-    _recorded(connection, "key.add", key.id, None, _key_view(_key(connection, key.id), team_name), now, actor)
+    record(connection, "key.add", key.id, None, _key_view(_key(connection, key.id), team_name), now, actor)
     return key
 
 
@@ -148,7 +151,7 @@ def revoke_key(connection: Connection, key_id: str, *, now: datetime, actor: str
     if key.revoked_at is not None:
         return before
     connection.execute(keys.update().where(keys.c.id == key_id).values(revoked_at=now))
-    return _recorded(connection, "key.revoke", key_id, before, before | {"revoked_at": now}, now, actor)
+    return record(connection, "key.revoke", key_id, before, before | {"revoked_at": now}, now, actor)
 
 
 def rotate_key(connection: Connection, key_id: str, *, overlap: timedelta, now: datetime, actor: str) -> NewKey:
@@ -162,7 +165,7 @@ def rotate_key(connection: Connection, key_id: str, *, overlap: timedelta, now: 
     end = now + overlap if old.expires_at is None else min(now + overlap, old.expires_at)
     before = _key_view(old, team.name)
     connection.execute(keys.update().where(keys.c.id == key_id).values(expires_at=end))
-    _recorded(connection, "key.rotate", key_id, before, before | {"expires_at": end}, now, actor)
+    record(connection, "key.rotate", key_id, before, before | {"expires_at": end}, now, actor)
     return new
 
 
@@ -199,7 +202,7 @@ def set_budget(
         _open_budget(connection, team.id, key_id, period, limit_micro_usd, soft=soft, now=now)
     before = None if found is None else _budget_terms(found)
     after = {"period": period, "limit_micro_usd": limit_micro_usd, "soft": soft}
-    return _recorded(connection, "budget.set", _scope_name(team_name, key_id), before, after, now, actor)
+    return record(connection, "budget.set", _scope_name(team_name, key_id), before, after, now, actor)
 
 
 def remove_budget(
@@ -214,7 +217,7 @@ def remove_budget(
         raise AccountError(f"{scope} has no budget per {period}; 'beanmeter budget list' shows those there are")
     connection.execute(balances.delete().where(balances.c.budget_id == found.id))
     connection.execute(budgets.delete().where(budgets.c.id == found.id))
-    _recorded(connection, "budget.remove", scope, _budget_terms(found), None, now, actor)
+    record(connection, "budget.remove", scope, _budget_terms(found), None, now, actor)
 
 
 def _open_budget(
@@ -222,10 +225,7 @@ def _open_budget(
 ) -> None:
     row = {"team_id": team_id, "key_id": key_id, "period": period, "limit_micro_usd": limit_micro_usd, "soft": soft}
     budget_id = connection.execute(budgets.insert().values(**row, created_at=now).returning(budgets.c.id)).scalar_one()
-    start = periods.start(period, now)
-    settled, held = sum_charges(connection, team_id, key_id, start)
-    balance = {"budget_id": budget_id, "period_start": start, "settled_micro_usd": settled, "held_micro_usd": held}
-    connection.execute(balances.insert().values(**balance))
+    open_balance(connection, budget_id, team_id, key_id, period, now)
 
 
 def _check_scope(connection: Connection, team: Row[Any], key_id: str | None) -> None:
@@ -274,7 +274,7 @@ def set_limit(
         connection.execute(limits.insert().values(team_id=team.id, key_id=key_id, created_at=now, **after))
     else:
         connection.execute(limits.update().where(limits.c.id == found.id).values(**after))
-    return _recorded(connection, "limit.set", _scope_name(team_name, key_id), before, after, now, actor)
+    return record(connection, "limit.set", _scope_name(team_name, key_id), before, after, now, actor)
 
 
 def remove_limit(connection: Connection, team_name: str, key_id: str | None, *, now: datetime, actor: str) -> None:
@@ -286,7 +286,7 @@ def remove_limit(connection: Connection, team_name: str, key_id: str | None, *, 
     if found is None:
         raise AccountError(f"{scope} has no limit; 'beanmeter limit list' shows those there are")
     connection.execute(limits.delete().where(limits.c.id == found.id))
-    _recorded(connection, "limit.remove", scope, {"rpm": found.rpm, "concurrency": found.concurrency}, None, now, actor)
+    record(connection, "limit.remove", scope, {"rpm": found.rpm, "concurrency": found.concurrency}, None, now, actor)
 
 
 def list_limits(connection: Connection, team_name: str | None = None) -> list[dict[str, Any]]:
@@ -308,6 +308,24 @@ def _limit(connection: Connection, team_id: int, key_id: str | None) -> Row[Any]
 
 def _given(**values: int | None) -> dict[str, int]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+# Prices
+
+
+def note_prices(connection: Connection, version: str, fingerprint: str, *, now: datetime, actor: str) -> bool:
+    """Leave an audit row when the price card in force is another than before; whether it is.
+
+    ``fingerprint`` tells cards apart that say the same of themselves.
+    """
+    after = f"{version} {fingerprint}"
+    before = connection.execute(select(marks.c.value).where(marks.c.name == _PRICES)).scalar()
+    if before == after:
+        return False
+    connection.execute(marks.delete().where(marks.c.name == _PRICES))
+    connection.execute(marks.insert().values(name=_PRICES, value=after))
+    record(connection, "prices.load", version, None if before is None else {"card": before}, {"card": after}, now, actor)
+    return True
 
 
 # Rows and their views
@@ -359,7 +377,7 @@ def _key_view(row: Row[Any], team: str) -> dict[str, Any]:
     }
 
 
-def _recorded(
+def record(
     connection: Connection,
     action: str,
     subject: str,

@@ -34,6 +34,7 @@ from proxy.ledger.decisions import (
 )
 from proxy.ledger.history import earlier_charges, paces_of
 from proxy.ledger.schema import balances, budgets, charges, keys, rollups, teams
+from proxy.periods import Period
 
 _RollupKey = tuple[date, int, str, str, str, str, str]
 
@@ -96,7 +97,7 @@ def _reserve(
     now: datetime,
 ) -> list[Decision]:
     valid = _valid_keys(connection, locked, reservations, now)
-    open_budgets = _balances_of(connection, reservations, now)
+    open_budgets = _balances_of(connection, reservations, moves, now)
     paces = paces_of(connection, reservations, now)
     used = earlier_charges(connection, reservations)
     decisions: list[Decision] = []
@@ -158,7 +159,9 @@ def _valid_keys(
     }
 
 
-def _balances_of(connection: Connection, reservations: Sequence[Reservation], now: datetime) -> defaultdict[int, list[Balance]]:
+def _balances_of(
+    connection: Connection, reservations: Sequence[Reservation], moves: _Movements, now: datetime
+) -> defaultdict[int, list[Balance]]:
     """The budgets of these teams in their current periods, by team; a period without a row yet gets its row."""
     current = case(*((budgets.c.period == period, periods.start(period, now)) for period in periods.PERIODS))
     query = (
@@ -170,11 +173,16 @@ def _balances_of(connection: Connection, reservations: Sequence[Reservation], no
         )
         .order_by(budgets.c.id)
     )
+    rows = connection.execute(query).all()
+    if any(row.period_start is None for row in rows):
+        # A new row starts from the daily sums, and what this batch has booked belongs to them.
+        _write_rollups(connection, moves)
+        moves.rollups.clear()
     found: defaultdict[int, list[Balance]] = defaultdict(list)
-    new: list[dict[str, object]] = []
-    for row in connection.execute(query):
+    for row in rows:
+        settled, held = row.settled_micro_usd, row.held_micro_usd
         if row.period_start is None:
-            new.append(_zero_balance(row.id, periods.start(row.period, now)))
+            settled, held = open_balance(connection, row.id, row.team_id, row.key_id, row.period, now)
         found[row.team_id].append(
             Balance(
                 budget_id=row.id,
@@ -183,17 +191,33 @@ def _balances_of(connection: Connection, reservations: Sequence[Reservation], no
                 period=row.period,
                 soft=row.soft,
                 limit_micro_usd=row.limit_micro_usd,
-                settled_micro_usd=row.settled_micro_usd or 0,
-                held_micro_usd=row.held_micro_usd or 0,
+                settled_micro_usd=settled,
+                held_micro_usd=held,
             )
         )
-    if new:
-        connection.execute(balances.insert(), new)
     return found
 
 
-def _zero_balance(budget_id: int, period_start: date) -> dict[str, object]:
-    return {"budget_id": budget_id, "period_start": period_start, "settled_micro_usd": 0, "held_micro_usd": 0}
+def open_balance(
+    connection: Connection, budget_id: int, team_id: int, key_id: str | None, period: Period, now: datetime
+) -> tuple[int, int]:
+    """Write a budget's row for the period of ``now``, with what its charges add up to: (settled, held) micro-USD.
+
+    Call with the team's row locked. Charges can be there already: the budget is new, or it was set by a host whose clock
+    was not yet in the period in which another one's was.
+    """
+    start, end = periods.start(period, now), periods.resets_at(period, now)
+    query = select(
+        func.coalesce(func.sum(rollups.c.settled_micro_usd), 0), func.coalesce(func.sum(rollups.c.reserved_micro_usd), 0)
+    ).where(rollups.c.team_id == team_id, rollups.c.day >= start)
+    if end is not None:
+        query = query.where(rollups.c.day < end.date())
+    if key_id is not None:
+        query = query.where(rollups.c.key_id == key_id)
+    settled, held = (int(amount) for amount in connection.execute(query).one())
+    row = {"budget_id": budget_id, "period_start": start, "settled_micro_usd": settled, "held_micro_usd": held}
+    connection.execute(balances.insert(), row)
+    return settled, held
 
 
 def _charge_row(job: Reservation, now: datetime) -> dict[str, object]:
@@ -227,6 +251,8 @@ def _charge_row(job: Reservation, now: datetime) -> dict[str, object]:
 
 # Booking
 
+_OF_UPSTREAM = ("upstream_status", "upstream_cost_micro_usd", "upstream_request_id", "input_tokens", "output_tokens")
+
 _BOOKED = (
     "state",
     "settled_micro_usd",
@@ -236,11 +262,7 @@ _BOOKED = (
     "quality",
     "basis",
     "reason",
-    "upstream_status",
-    "upstream_cost_micro_usd",
-    "upstream_request_id",
-    "input_tokens",
-    "output_tokens",
+    *_OF_UPSTREAM,
     "finished_at",
 )
 
@@ -261,7 +283,7 @@ def _book(connection: Connection, bookings: Sequence[Booking], moves: _Movements
         row = rows.get(job.charge_id)
         if row is None or job.outcome.state not in NEXT[row["state"]]:
             continue
-        after = {**row, **_ending(job, now)}
+        after = {**row, **_ending(job, row, now)}
         _move(moves, budgets_of[job.team_id], row, after)
         rows[job.charge_id] = after
         written.append({name: after[name] for name in _BOOKED} | {"charge_id": job.charge_id})
@@ -269,7 +291,7 @@ def _book(connection: Connection, bookings: Sequence[Booking], moves: _Movements
         connection.execute(_UPDATE_CHARGE, written)
 
 
-def _ending(job: Booking, now: datetime) -> dict[str, object]:
+def _ending(job: Booking, row: dict[str, Any], now: datetime) -> dict[str, object]:
     outcome = job.outcome
     return {
         "state": outcome.state,
@@ -280,11 +302,8 @@ def _ending(job: Booking, now: datetime) -> dict[str, object]:
         "quality": outcome.quality,
         "basis": outcome.basis,
         "reason": outcome.reason,
-        "upstream_status": job.upstream_status,
-        "upstream_cost_micro_usd": job.upstream_cost_micro_usd,
-        "upstream_request_id": job.upstream_request_id,
-        "input_tokens": job.input_tokens,
-        "output_tokens": job.output_tokens,
+        # Whoever settles a review knows nothing new of the upstream: what was written of it stays.
+        **{name: row[name] if getattr(job, name) is None else getattr(job, name) for name in _OF_UPSTREAM},
         "finished_at": now,
     }
 
@@ -371,17 +390,3 @@ def _write_rollups(connection: Connection, moves: _Movements) -> None:
             for key, sums in sorted(changed.items())
         ],
     )
-
-
-def sum_charges(connection: Connection, team_id: int, key_id: str | None, since: date) -> tuple[int, int]:
-    """(settled, held) micro-USD of a scope's charges reserved on or after the UTC day ``since``, from the rollups.
-
-    Call with the team's row locked, so that nothing is added meanwhile.
-    """
-    query = select(
-        func.coalesce(func.sum(rollups.c.settled_micro_usd), 0), func.coalesce(func.sum(rollups.c.reserved_micro_usd), 0)
-    ).where(rollups.c.team_id == team_id, rollups.c.day >= since)
-    if key_id is not None:
-        query = query.where(rollups.c.key_id == key_id)
-    settled, held = connection.execute(query).one()
-    return int(settled), int(held)

@@ -81,12 +81,14 @@ def _open_sqlite(url: URL, *, writes: bool) -> Engine:
 
 
 def _open_postgresql(url: URL, *, writes: bool) -> Engine:
-    options = {
+    options: dict[str, int | str] = {
         "statement_timeout": STATEMENT_SECONDS * 1000,
         "lock_timeout": LOCK_WAIT_SECONDS * 1000,
-        "idle_in_transaction_session_timeout": 2 * STATEMENT_SECONDS * 1000,
         "timezone": "UTC",
     }
+    if writes:
+        # Whoever holds locks and has gone quiet lets go. A reader holds none, and may be somebody paging through a listing.
+        options["idle_in_transaction_session_timeout"] = 2 * STATEMENT_SECONDS * 1000
     return create_engine(
         url.set(drivername="postgresql+psycopg"),
         pool_size=1 if writes else 4,

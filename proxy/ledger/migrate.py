@@ -57,6 +57,12 @@ def mark(connection: Connection, name: str) -> str | None:
     return connection.execute(select(marks.c.value).where(marks.c.name == name)).scalar()
 
 
+def set_mark(connection: Connection, name: str, value: str) -> None:
+    """Note a fact about the database itself, in place of what was noted before."""
+    connection.execute(marks.delete().where(marks.c.name == name))
+    connection.execute(marks.insert().values(name=name, value=value))
+
+
 def _upgrade(connection: Connection) -> None:
     # Loading Alembic takes longer than the whole of most commands, and most starts don't need it.
     from alembic import command

@@ -10,14 +10,14 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Date, Select, and_, case, cast, func, or_, select
 
 from proxy import periods
-from proxy.ledger.schema import OPEN_STATES, balances, budgets, charges, keys, rollups, teams
+from proxy.ledger.schema import OPEN_STATES, audit, balances, budgets, charges, keys, rollups, teams
 
 # How many rows of a listing are in memory at a time.
 PAGE_ROWS = 1_000
 
 GROUPS = ("team", "key", "model", "operation", "size", "quality", "day", "week", "month")
 
-_LISTED = (
+CHARGE_COLUMNS = (
     "id",
     "request_id",
     "team",
@@ -120,7 +120,7 @@ def list_charges(
     until: datetime | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Charges, oldest first, reserved from ``since`` (inclusive) to ``until`` (exclusive); read page by page."""
-    columns = [teams.c.name.label("team") if name == "team" else charges.c[name] for name in _LISTED]
+    columns = [teams.c.name.label("team") if name == "team" else charges.c[name] for name in CHARGE_COLUMNS]
     query = select(*columns).join(teams, teams.c.id == charges.c.team_id).order_by(charges.c.created_at, charges.c.id)
     if team is not None:
         query = query.where(teams.c.name == team)
@@ -211,6 +211,21 @@ def read_figures(connection: Connection, now: datetime) -> Figures:
     query = select(charges.c.state, func.count().label("open")).where(charges.c.state.in_(OPEN_STATES))
     counts = {row.state: row.open for row in connection.execute(query.group_by(charges.c.state))}
     return Figures(list_budgets(connection, now), {state: counts.get(state, 0) for state in OPEN_STATES})
+
+
+def list_audit(
+    connection: Connection, *, since: datetime | None = None, until: datetime | None = None
+) -> Iterator[dict[str, Any]]:
+    """Who changed what, oldest first; ``before`` and ``after`` are JSON, ``None`` where there was or is nothing."""
+    query = select(audit.c.at, audit.c.actor, audit.c.action, audit.c.subject, audit.c.before, audit.c.after).order_by(
+        audit.c.id
+    )
+    if since is not None:
+        query = query.where(audit.c.at >= since)
+    if until is not None:
+        query = query.where(audit.c.at < until)
+    for row in connection.execution_options(yield_per=PAGE_ROWS).execute(query).mappings():
+        yield dict(row)
 
 
 def key_names(connection: Connection) -> dict[str, str]:

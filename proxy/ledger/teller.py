@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from proxy.ledger.books import post
 from proxy.ledger.decisions import Booking, Decision, Reservation
 from proxy.ledger.engine import Database
+from proxy.ledger.journal import Journal
 from proxy.outcomes import unsent
 
 Step = Literal["reserve", "book", "read"]
@@ -63,6 +64,7 @@ class _Reserve:
 class _Book:
     job: Booking
     answer: asyncio.Future[None] | None = None
+    journaled: bool = False
 
 
 @dataclass(slots=True)
@@ -85,11 +87,21 @@ class _Batch:
 class Teller:
     """Reserves and books for one event loop.
 
-    ``clock`` gives the time of each transaction: what is reserved in it is reserved at that time.
+    ``clock`` gives the time of each transaction: what is reserved in it is reserved at that time. ``journal`` takes what
+    can't be booked while the database is away, and ``unbooked`` is told how many outcomes wait for it.
     """
 
-    def __init__(self, database: Database, clock: Callable[[], datetime], observer: Observer) -> None:
+    def __init__(
+        self,
+        database: Database,
+        clock: Callable[[], datetime],
+        observer: Observer,
+        journal: Journal | None = None,
+        unbooked: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._database = database
+        self._journal = journal
+        self._unbooked = unbooked
         self._clock = clock
         self._observer = observer
         self._waiting: queue.SimpleQueue[_Reserve | _Book | None] = queue.SimpleQueue()
@@ -119,7 +131,7 @@ class Teller:
         return item.answer
 
     def book(self, job: Booking) -> asyncio.Future[None]:
-        """Write the end of an exchange; the future is done once it is committed, however long the database is away."""
+        """Write the end of an exchange; the future is done once it is committed, or safe in the journal until it can be."""
         answer: asyncio.Future[None] = self._loop.create_future()
         self._waiting.put(_Book(job, answer))
         return answer
@@ -135,6 +147,8 @@ class Teller:
         self._closing = True
         self._waiting.put(None)
         await asyncio.to_thread(self._thread.join, timeout_seconds + 1)
+        if self._journal is not None:
+            self._journal.close()
 
     # In the thread
 
@@ -190,6 +204,7 @@ class Teller:
             for step in batch.steps:
                 self._observer.committed(step, seconds)
             self._answer(batch, decisions)
+            self._clear_journal()
 
     def _answer(self, batch: _Batch, decisions: Sequence[Decision]) -> None:
         answers = [(item.answer, decision) for item, decision in zip(batch.reserves, decisions, strict=True)]
@@ -234,6 +249,33 @@ class Teller:
         self._retry_at = time.monotonic() + self._retry_seconds
         self._retry_seconds = min(RETRY_SECONDS_MAX, 2 * self._retry_seconds)
         self._refuse(batch.reserves)
+        self._write_journal()
+
+    def _write_journal(self) -> None:
+        """Make safe what is unwritten; its exchanges are done then, whenever the database comes back."""
+        self._unbooked(len(self._unwritten))
+        new = [item for item in self._unwritten if not item.journaled]
+        if self._journal is None or not new:
+            return
+        try:
+            self._journal.write([item.job for item in new])
+        except OSError as error:
+            # They are still in memory, and their exchanges wait on.
+            log.critical("journal_not_written", outcomes=len(new), cause=error.strerror)
+            return
+        for item in new:
+            item.journaled = True
+        self._answer(_Batch(books=new), [])
+
+    def _clear_journal(self) -> None:
+        if self._journal is None or self._journal.empty or self._unwritten:
+            return
+        try:
+            self._journal.clear()
+        except OSError as error:
+            # A replay of what is booked changes nothing.
+            log.error("journal_not_cleared", cause=error.strerror)
+        self._unbooked(0)
 
     def _refuse(self, reserves: Sequence[_Reserve]) -> None:
         futures = [item.answer for item in reserves]
@@ -253,7 +295,7 @@ class Teller:
             pass
 
     def _confess(self) -> None:
-        for item in self._unwritten:
+        for item in (item for item in self._unwritten if not item.journaled):
             outcome = item.job.outcome
             log.critical(
                 "booking_lost", charge=item.job.charge_id, state=outcome.state, settled_micro_usd=outcome.settled_micro_usd

@@ -91,6 +91,7 @@ class Simulator:
         try:
             while await self._serve_next(requests, wire):
                 pass
+            await wire.end("close")
         except (OSError, TimeoutError):
             pass
         finally:
@@ -104,7 +105,6 @@ class Simulator:
         except Refused as refused:
             fault = Fault(refused.status, "The request is too large, or not HTTP.", code="not_http")
             await _send_whole(wire, plan_fault(fault), keep_alive=False)
-            await wire.end("close", 0.0)
             return False
         if request is None:
             return False
@@ -133,10 +133,7 @@ class Simulator:
         if answer.ending != "proper":
             await wire.end(answer.ending, self.options.silent_seconds)
             return False
-        if not request.keep_alive or answer.framing == "close":
-            await wire.end("close", 0.0)
-            return False
-        return True
+        return request.keep_alive and answer.framing != "close"
 
     async def _perform(self, answer: Plan, make: Make | None, arrival: Arrival, request_id: str, wire: Wire) -> None:
         """Makes, bills and sends an answer, step by step. Making and billing go on when the client has left."""

@@ -97,7 +97,8 @@ class RequestReader:
 
     def _check_head(self, data_bytes: int) -> None:
         """Counts what has come since the last complete head; the parser tells of a header only when it is whole."""
-        self._head_bytes = self._head_bytes + data_bytes if self._request is None else 0
+        in_head = self._request is None and not self._ready
+        self._head_bytes = self._head_bytes + data_bytes if in_head else 0
         if self._head_bytes > HEAD_BYTES_MAX:
             raise Refused(431)
 
@@ -171,16 +172,18 @@ class Wire:
         if self._chunked:
             await self._send(b"0\r\n\r\n")
 
-    async def end(self, ending: Ending, silent_seconds: float) -> None:
+    async def end(self, ending: Ending, silent_seconds: float = 0.0) -> None:
         """Ends the connection without another byte: by a reset, by a clean close, or by a close after a long silence."""
         if ending == "silent":
             await self._wait_for_leave(silent_seconds)
+        await self._flush()
+        if self._writer.transport.is_closing():
+            return
         if ending == "reset":
-            await self._flush()
             # With no time to linger, closing sends RST in place of FIN.
             sock = self._writer.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        elif not self._writer.transport.is_closing():
+        else:
             # Closing with bytes unread would reset the connection, and the client might lose the answer.
             self._writer.write_eof()
             await self._wait_for_leave(_LEAVE_SECONDS)
@@ -204,11 +207,12 @@ class Wire:
             pass
 
     async def _flush(self) -> None:
-        """Waits until the client's machine has all that was sent: a reset throws away what is still on its way."""
+        """Waits until the client's machine has all that was sent: an abort throws away what is still on its way."""
         transport = self._writer.transport
-        descriptor = self._writer.get_extra_info("socket").fileno()
         for _ in range(_FLUSH_LOOKS):
-            if transport.is_closing() or not (transport.get_write_buffer_size() or _unacknowledged_bytes(descriptor)):
+            if transport.is_closing():
+                return
+            if not transport.get_write_buffer_size() and not _unacknowledged_bytes(transport.get_extra_info("socket").fileno()):
                 return
             # The kernel tells nobody when its buffer has gone: one has to look.
             await asyncio.sleep(_FLUSH_LOOK_SECONDS)

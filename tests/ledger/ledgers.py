@@ -4,13 +4,14 @@ charges. Sums may be taken on trust nowhere else."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Row, select
 
 from proxy import periods
 from proxy.ledger import accounts
@@ -28,8 +29,6 @@ NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 ORDER = Order("generation", "gpt-image-2", "1024x1024", "high", 1, False)
 PRICE = 210_700
-
-ROLLUP_KEY = ("team_id", "key_id", "model", "operation", "size", "quality")
 
 _numbers = count(1)
 
@@ -144,48 +143,47 @@ def reviewed(job: Reservation, known: int = 0, held: int | None = None) -> Booki
 
 # The auditor
 
+# A scope and period (team, key or none, period, its first day), and what counts in it: [settled, held].
+Counted = dict[tuple[int, str | None, Period, date], list[int]]
 
-def check(connection: Connection) -> None:
-    """Every balance and every daily sum is what the charges add up to, and nothing is anywhere else."""
-    rows = [row._asdict() for row in connection.execute(select(charges))]
-    _check_balances(connection, rows)
+
+def check(connection: Connection) -> Counted:
+    """Every balance and every daily sum is what the charges add up to, and nothing is anywhere else; what they add up to."""
+    rows = connection.execute(select(charges)).all()
+    counted = _count(rows)
+    _check_balances(connection, counted)
     _check_rollups(connection, rows)
+    return counted
 
 
-def counted(budget: dict[str, Any], rows: Sequence[dict[str, Any]], start: Any) -> tuple[int, int]:
-    """(settled, held) of a budget's charges in the period that starts at ``start``, added up one by one."""
-    its = [
-        row
-        for row in rows
-        if row["team_id"] == budget["team_id"]
-        and budget["key_id"] in (None, row["key_id"])
-        and periods.start(budget["period"], row["created_at"]) == start
-    ]
-    return sum(row["settled_micro_usd"] for row in its), sum(row["reserved_micro_usd"] for row in its)
+_start = lru_cache(maxsize=None)(periods.start)
 
 
-def _check_balances(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
-    of_budget = {row.id: row._asdict() for row in connection.execute(select(budgets))}
-    for row in connection.execute(select(balances)):
-        budget = of_budget[row.budget_id]
-        found = (row.settled_micro_usd, row.held_micro_usd)
-        assert found == counted(budget, rows, row.period_start), (budget, row.period_start)
+def _count(rows: Iterable[Row[Any]]) -> Counted:
+    counted: Counted = defaultdict(lambda: [0, 0])
+    for row in rows:
+        for period in periods.PERIODS:
+            for key_id in (None, row.key_id):
+                sums = counted[row.team_id, key_id, period, _start(period, row.created_at)]
+                sums[0] += row.settled_micro_usd
+                sums[1] += row.reserved_micro_usd
+    return counted
 
 
-def _check_rollups(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+def _check_balances(connection: Connection, counted: Counted) -> None:
+    query = select(budgets, balances).join(balances, balances.c.budget_id == budgets.c.id)
+    for row in connection.execute(query):
+        scope = (row.team_id, row.key_id, row.period, row.period_start)
+        assert [row.settled_micro_usd, row.held_micro_usd] == counted[scope], scope
+
+
+def _check_rollups(connection: Connection, rows: Iterable[Row[Any]]) -> None:
     expected: defaultdict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     for row in rows:
-        sums = expected[periods.start("day", row["created_at"]), *(row[name] for name in ROLLUP_KEY)]
-        amounts = (1, row["images_delivered"], row["settled_micro_usd"], row["reserved_micro_usd"])
+        key = (row.team_id, row.key_id, row.model, row.operation, row.size, row.quality)
+        sums = expected[_start("day", row.created_at), *key]
+        amounts = (1, row.images_delivered, row.settled_micro_usd, row.reserved_micro_usd)
         for place, amount in enumerate(amounts):
             sums[place] += amount
-    found = {
-        (row.day, *(getattr(row, name) for name in ROLLUP_KEY)): [
-            row.requests,
-            row.images,
-            row.settled_micro_usd,
-            row.reserved_micro_usd,
-        ]
-        for row in connection.execute(select(rollups))
-    }
+    found = {tuple(row[:7]): list(row[7:]) for row in connection.execute(select(rollups))}
     assert {key: sums for key, sums in found.items() if any(sums)} == expected

@@ -1,0 +1,145 @@
+"""Outcomes that could not be booked, kept on local disk until they are: appended, synced, replayed by whoever comes next.
+
+Each process has a file of its own, locked for as long as it lives, with room taken from the disk beforehand: an outcome
+must find its place also when the disk has filled up meanwhile. A file that nobody holds any more belongs to a process
+that died; any process on this host may take it over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from proxy.ledger.decisions import Booking
+from proxy.outcomes import Outcome
+
+# An outcome takes half a kilobyte: this is room for every exchange that a process can have open, and then some.
+ROOM_BYTES = 8 << 20
+
+SUFFIX = ".journal"
+
+
+class Journal:
+    """This process's own file. Only the teller's thread uses it."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ``OSError`` where the directory can't be written or has no room."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / f"{os.getpid()}-{os.urandom(6).hex()}"
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._end = 0
+        self._room = 0
+        try:
+            # Locked before it has the name by which others look for files that nobody holds.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._make_room(ROOM_BYTES)
+            self._path = self._path.rename(self._path.with_suffix(SUFFIX))
+            _sync_directory(directory)
+        except OSError:
+            self.close()
+            raise
+
+    def write(self, bookings: Iterable[Booking]) -> None:
+        """Append outcomes; they are on the disk when this returns. Raises ``OSError`` when they are not."""
+        data = b"".join(map(_encode, bookings))
+        if self._end + len(data) > self._room:
+            self._make_room(self._room + max(ROOM_BYTES, len(data)))
+        _write_at(self._file, data, self._end)
+        os.fdatasync(self._file)
+        self._end += len(data)
+
+    def clear(self) -> None:
+        """Forget all outcomes: they are booked. The room stays taken."""
+        # A zero where a line would begin ends the reading. What is left of old lines behind the next ones is cut off by
+        # zeros too, or a replay would find them again; that would change nothing, but it would not be true.
+        _write_at(self._file, bytes(self._end), 0)
+        os.fdatasync(self._file)
+        self._end = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits in it."""
+        return self._end == 0
+
+    def close(self) -> None:
+        """Give the file up, and remove it where nothing is left in it."""
+        if self._end == 0:
+            self._path.unlink(missing_ok=True)
+        os.close(self._file)
+
+    def _make_room(self, size: int) -> None:
+        os.posix_fallocate(self._file, 0, size)
+        os.fsync(self._file)
+        self._room = size
+
+
+@contextmanager
+def abandoned(directory: Path) -> Iterator[list[Booking]]:
+    """What processes that died have left, locked against others while it is booked; removed when the block ends well."""
+    taken: list[tuple[Path, int]] = []
+    bookings: list[Booking] = []
+    try:
+        for path in sorted(directory.glob(f"*{SUFFIX}")):
+            file = _take(path)
+            if file is not None:
+                taken.append((path, file))
+                bookings.extend(_read(file))
+        yield bookings
+        for path, _ in taken:
+            path.unlink(missing_ok=True)
+    finally:
+        for _, file in taken:
+            os.close(file)
+
+
+def _take(path: Path) -> int | None:
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    return file
+
+
+def _encode(booking: Booking) -> bytes:
+    text = json.dumps(asdict(booking), separators=(",", ":")).encode("ascii")
+    return b"%08x %s\n" % (crc32(text), text)
+
+
+def _read(file: int) -> Iterator[Booking]:
+    """The outcomes in a file, up to its end or to a line that was never finished."""
+    with os.fdopen(os.dup(file), "rb") as lines:
+        lines.seek(0)
+        for line in lines:
+            checksum, _, text = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or checksum != b"%08x" % crc32(text):
+                return
+            fields: dict[str, Any] = json.loads(text)
+            yield Booking(**{**fields, "outcome": Outcome(**fields["outcome"])})
+
+
+def _write_at(file: int, data: bytes, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file, view, at)
+        view, at = view[written:], at + written
+
+
+def _sync_directory(directory: Path) -> None:
+    """A new file's name is on the disk only once its directory is."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

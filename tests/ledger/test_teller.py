@@ -1,0 +1,367 @@
+"""The one writer of a process: what it gathers, what it does while the database is away, and that it forgets nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psycopg
+import pytest
+from outage import database_away
+from structlog.testing import capture_logs
+
+from ledger.ledgers import NOON, PRICE, Account, Ledger, released, reservation, reviewed, settled
+from ledger.traffic import Log
+from ledger.wire import Cut, Wire
+from proxy.ledger.books import lock_teams
+from proxy.ledger.decisions import Admitted, Booking, Decision, OverBudget
+from proxy.ledger.engine import Database
+from proxy.ledger.journal import SUFFIX, Journal
+from proxy.ledger.teller import BATCH_JOBS_MAX, LedgerDown, Teller
+
+# What takes longer than this won't come.
+PATIENCE_SECONDS = 30
+
+
+@asynccontextmanager
+async def at_work(url: str, journal: Journal | None = None) -> AsyncIterator[tuple[Teller, Log]]:
+    """A teller on a database of its own, and what it reports."""
+    database, log = Database(url), Log()
+    teller = Teller(database, lambda: NOON, log, journal)
+    teller.start()
+    try:
+        yield teller, log
+    finally:
+        await teller.close(PATIENCE_SECONDS)
+        database.close()
+
+
+async def all_of(futures: Sequence[Awaitable[object]]) -> list[object]:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        return await asyncio.gather(*futures, return_exceptions=True)
+
+
+async def until(true: Callable[[], object]) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not true():  # noqa: ASYNC110 -- what is waited for happens in a thread or in a database
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def account(ledger: Ledger) -> Iterator[Account]:
+    found = ledger.account()
+    ledger.set_budget(1000 * PRICE)
+    # Only the teller's own connections are open from here on.
+    ledger.close()
+    yield found
+    # Whatever a test did: nothing is lost, doubled or held in the wrong place.
+    ledger.check()
+
+
+def states(ledger: Ledger) -> dict[str, str]:
+    found = {charge_id: row["state"] for charge_id, row in ledger.charges().items()}
+    ledger.close()
+    return found
+
+
+# Gathering
+
+
+@pytest.mark.parametrize(("jobs", "transactions"), [(1, 1), (100, 2), (2 * BATCH_JOBS_MAX, 3)])
+def test_what_waits_goes_into_few_transactions(ledger: Ledger, account: Account, jobs: int, transactions: int) -> None:
+    async def scenario() -> None:
+        async with at_work(ledger.url) as (teller, log):
+            with ledger.database.writing() as connection:
+                lock_teams(connection, [account.team_id])
+                # The first of them waits for this transaction, and the others for the first.
+                reserved = [teller.reserve(reservation(account)) for _ in range(jobs)]
+            decisions = await all_of(reserved)
+        left = [decision.remaining_micro_usd for decision in decisions if isinstance(decision, Admitted)]
+        assert left == [(1000 - number) * PRICE for number in range(1, jobs + 1)], "in the order in which they came"
+        assert -(-jobs // BATCH_JOBS_MAX) <= len(log.commits) <= transactions
+        assert set(log.commits) == {"reserve"}
+        assert log.failures == []
+
+    asyncio.run(scenario())
+
+
+def test_nothing_to_do_is_no_transaction(ledger: Ledger, account: Account) -> None:
+    async def scenario() -> None:
+        async with at_work(ledger.url) as (teller, log):
+            for _ in range(3):
+                job = reservation(account)
+                await teller.reserve(job)
+                await teller.book(settled(job))
+            await asyncio.sleep(0.2)
+            assert log.commits == ["reserve", "book"] * 3
+        assert log.commits == ["reserve", "book"] * 3
+
+    asyncio.run(scenario())
+
+
+def test_bookings_and_reservations_share_a_transaction(ledger: Ledger, account: Account) -> None:
+    ledger.set_budget(PRICE)
+    first, second = reservation(account), reservation(account)
+    ledger.post([first])
+
+    async def scenario() -> None:
+        async with at_work(ledger.url) as (teller, log):
+            with ledger.database.writing() as connection:
+                lock_teams(connection, [account.team_id])
+                blocked = teller.reserve(reservation(account))
+                await until(lambda: teller._waiting.empty())
+                waiting = [teller.reserve(second), teller.book(released(first))]
+            assert isinstance(await blocked, OverBudget)
+            assert await all_of(waiting) == [Admitted(0), None]
+        assert log.commits == ["reserve", "reserve", "book"]
+
+    asyncio.run(scenario())
+
+
+# Away
+
+
+def test_a_reservation_while_the_database_is_away_is_refused_and_forgotten(ledger: Ledger, account: Account) -> None:
+    async def scenario() -> None:
+        refused, later = reservation(account), reservation(account)
+        with database_away(ledger.url):
+            teller_at_work = at_work(ledger.url)
+            teller, log = await teller_at_work.__aenter__()
+            results = await all_of([teller.reserve(refused)])
+            assert [type(result) for result in results] == [LedgerDown]
+            assert log.failures == ["reserve"]
+        assert isinstance(await teller.reserve(later), Admitted)
+        await teller_at_work.__aexit__(None, None, None)
+        assert states(ledger) == {later.charge_id: "forwarded"}
+
+    asyncio.run(scenario())
+
+
+def test_bookings_wait_for_the_database_and_are_written_once(ledger: Ledger, account: Account) -> None:
+    jobs = [reservation(account) for _ in range(300)]
+    ledger.post(jobs)
+    ledger.close()
+
+    async def scenario() -> None:
+        with database_away(ledger.url):
+            teller_at_work = at_work(ledger.url)
+            teller, log = await teller_at_work.__aenter__()
+            booked = [teller.book(book(job)) for job, book in zip(jobs, [settled, released, reviewed] * 100, strict=True)]
+            # The same end again, as a replay of a journal brings it.
+            booked.append(teller.book(settled(jobs[0])))
+            await until(lambda: teller.unwritten == len(booked))
+            assert not any(one.done() for one in booked)
+            assert set(log.failures) == {"book"}
+        assert await all_of(booked) == [None] * len(booked)
+        assert teller.unwritten == 0
+        await teller_at_work.__aexit__(None, None, None)
+        assert list(states(ledger).values()) == ["settled", "released", "review"] * 100
+
+    asyncio.run(scenario())
+
+
+def test_with_a_journal_an_exchange_need_not_wait_for_the_database(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    job = reservation(account)
+    ledger.post([job])
+    ledger.close()
+
+    async def scenario() -> None:
+        journal = Journal(tmp_path / "journal")
+        with database_away(ledger.url):
+            teller_at_work = at_work(ledger.url, journal)
+            teller, _ = await teller_at_work.__aenter__()
+            assert await all_of([teller.book(settled(job))]) == [None]
+            assert not journal.empty
+            assert teller.unwritten == 1
+        await until(lambda: journal.empty)
+        await teller_at_work.__aexit__(None, None, None)
+        assert states(ledger) == {job.charge_id: "settled"}
+
+    asyncio.run(scenario())
+    assert not list(tmp_path.rglob(f"*{SUFFIX}"))
+
+
+def waits_for_a_lock(database_url: str) -> bool:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        row = connection.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()
+        return row is not None and row[0] > 0
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("cut", ["before", "after", "late"])
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_reservation_whose_commit_was_not_answered_is_never_held_for_ever(ledger: Ledger, account: Account, cut: Cut) -> None:
+    async def scenario() -> None:
+        with Wire(ledger.url) as wire:
+            lost, refused, later = reservation(account), reservation(account, hold=10**12), reservation(account)
+            async with at_work(wire.url) as (teller, log):
+                assert isinstance(await teller.reserve(reservation(account)), Admitted)
+                with ledger.database.writing() as connection:
+                    lock_teams(connection, [account.team_id])
+                    wire.cut_next_commit(cut)
+                    waiting = [teller.reserve(lost), teller.reserve(refused)]
+                assert [type(result) for result in await all_of(waiting)] == [LedgerDown] * 2
+                assert set(log.failures) == {"reserve"}
+                if cut == "late":
+                    await until(lambda: waits_for_a_lock(ledger.url))
+                    wire.deliver()
+                await until(lambda: teller.unwritten == 0 and "book" in log.commits)
+                assert isinstance(await teller.reserve(later), Admitted)
+            expected = {"before": [], "after": ["released"], "late": ["released"]}[cut]
+            assert list(states(ledger).values()) == ["forwarded", *expected, "forwarded"]
+            assert refused.charge_id not in states(ledger)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("cut", ["before", "after", "late"])
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_booking_whose_commit_was_not_answered_is_written_once(ledger: Ledger, account: Account, cut: Cut) -> None:
+    jobs = [reservation(account) for _ in range(3)]
+    ledger.post(jobs)
+
+    async def scenario() -> None:
+        with Wire(ledger.url) as wire:
+            async with at_work(wire.url) as (teller, log):
+                wire.cut_next_commit(cut)
+                booked = [teller.book(settled(jobs[0], 5)), teller.book(reviewed(jobs[1], 7)), teller.book(released(jobs[2]))]
+                await until(lambda: log.failures)
+                if cut == "late":
+                    await until(lambda: waits_for_a_lock(ledger.url))
+                    wire.deliver()
+                assert await all_of(booked) == [None] * 3
+        assert list(states(ledger).values()) == ["settled", "review", "released"]
+
+    asyncio.run(scenario())
+
+
+# Poison
+
+
+def unwritable(job: Booking) -> list[Booking]:
+    """Bookings that no database takes: below zero, and larger than a column."""
+    return [replace(job, outcome=replace(job.outcome, settled_micro_usd=-1)), replace(job, output_tokens=1 << 63)]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["constraint", "overflow"])
+def test_a_booking_that_cannot_be_written_keeps_no_other_out(ledger: Ledger, account: Account, which: int) -> None:
+    jobs = [reservation(account) for _ in range(5)]
+    ledger.post(jobs)
+
+    async def scenario() -> None:
+        new = reservation(account)
+        async with at_work(ledger.url) as (teller, log):
+            with ledger.database.writing() as connection, capture_logs() as logs:
+                lock_teams(connection, [account.team_id])
+                booked = [teller.book(settled(job)) for job in jobs[:2]]
+                booked += [teller.book(unwritable(settled(jobs[2]))[which]), *(teller.book(settled(job)) for job in jobs[3:])]
+                reserved = teller.reserve(new)
+            with capture_logs() as logs:
+                assert await all_of(booked) == [None] * 5
+            assert isinstance(await reserved, Admitted)
+            assert log.failures == ["book"]
+        rejected = [entry["charges"] for entry in logs if entry["event"] == "ledger_rejected"]
+        assert rejected in ([], [[jobs[2].charge_id]])
+        held = {jobs[2].charge_id, new.charge_id}
+        assert states(ledger) == {job.charge_id: "forwarded" if job.charge_id in held else "settled" for job in [*jobs, new]}
+
+    asyncio.run(scenario())
+
+
+def test_a_reservation_that_cannot_be_written_is_refused_alone(ledger: Ledger, account: Account) -> None:
+    first = reservation(account)
+    ledger.post([first])
+
+    async def scenario() -> None:
+        good = [reservation(account) for _ in range(3)]
+        twice = replace(reservation(account), request_id=first.request_id)
+        async with at_work(ledger.url) as (teller, log):
+            results = await all_of([teller.reserve(job) for job in (good[0], twice, *good[1:])])
+            assert [type(result) for result in results] == [Admitted, LedgerDown, Admitted, Admitted]
+            assert log.failures == ["reserve"]
+        assert states(ledger).keys() == {first.charge_id, *(job.charge_id for job in good)}
+
+    asyncio.run(scenario())
+
+
+# The end
+
+
+def test_closing_writes_what_waits(ledger: Ledger, account: Account) -> None:
+    jobs = [reservation(account) for _ in range(300)]
+    ledger.post(jobs)
+
+    async def scenario() -> None:
+        async with at_work(ledger.url) as (teller, _):
+            booked = [teller.book(settled(job)) for job in jobs]
+            reserved = teller.reserve(reservation(account))
+        assert await all_of(booked) == [None] * 300
+        assert isinstance(await reserved, Admitted)
+        assert [type(result) for result in await all_of([teller.reserve(reservation(account))])] == [LedgerDown]
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["settled"] * 300 + ["forwarded"]
+
+
+def test_closing_without_a_database_says_what_is_lost(ledger: Ledger, account: Account) -> None:
+    job = reservation(account)
+    ledger.post([job])
+    ledger.close()
+
+    async def scenario() -> None:
+        with database_away(ledger.url), capture_logs() as logs:
+            database = Database(ledger.url)
+            teller = Teller(database, lambda: NOON, Log())
+            teller.start()
+            booked = teller.book(settled(job, 1234))
+            await until(lambda: teller.unwritten)
+            await teller.close(0.2)
+            database.close()
+        assert not booked.done()
+        lost = [entry for entry in logs if entry["event"] == "booking_lost"]
+        assert [(entry["charge"], entry["settled_micro_usd"]) for entry in lost] == [(job.charge_id, 1234)]
+
+    asyncio.run(scenario())
+
+
+def test_a_job_is_carried_out_after_its_loop_has_closed(ledger: Ledger, account: Account) -> None:
+    job, later = reservation(account), reservation(account)
+    ledger.post([job])
+    database, log = Database(ledger.url), Log()
+    teller = Teller(database, lambda: NOON, log)
+
+    async def leave_at_once() -> None:
+        teller.start()
+        with ledger.database.writing() as connection:
+            lock_teams(connection, [account.team_id])
+            leaving.extend([teller.book(settled(job)), teller.reserve(later)])
+            asyncio.get_running_loop().call_soon(asyncio.get_running_loop().stop)
+
+    leaving: list[asyncio.Future[None] | asyncio.Future[Decision]] = []
+    asyncio.run(leave_at_once())
+    asyncio.run(teller.close(PATIENCE_SECONDS))
+    database.close()
+    assert states(ledger) == {job.charge_id: "settled", later.charge_id: "forwarded"}
+
+
+def test_a_waiter_that_leaves_changes_nothing(ledger: Ledger, account: Account) -> None:
+    jobs = [reservation(account) for _ in range(3)]
+    ledger.post(jobs[:1])
+
+    async def scenario() -> None:
+        async with at_work(ledger.url) as (teller, log):
+            with ledger.database.writing() as connection:
+                lock_teams(connection, [account.team_id])
+                leaving = [teller.book(settled(jobs[0])), teller.reserve(jobs[1])]
+                for one in leaving:
+                    assert one.cancel()
+                staying = teller.reserve(jobs[2])
+            assert isinstance(await staying, Admitted)
+            assert log.failures == []
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["settled", "forwarded", "forwarded"]

@@ -1,0 +1,112 @@
+"""A stretch of network between a program and PostgreSQL, which can be cut exactly around a COMMIT."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import Literal, Self
+
+from sqlalchemy import make_url
+
+# The COMMIT is lost on its way; it arrives and its answer is lost; it arrives only after the client has given up.
+Cut = Literal["before", "after", "late"]
+
+_COMMIT = b"COMMIT\0"
+
+
+class _Link:
+    """One connection and its two directions."""
+
+    def __init__(self, wire: Wire, client: socket.socket, server: socket.socket) -> None:
+        self.wire, self.client, self.server = wire, client, server
+        self.muffled = False
+        for pump in (self._to_server, self._to_client):
+            threading.Thread(target=pump, daemon=True).start()
+
+    def _to_server(self) -> None:
+        try:
+            while data := self.client.recv(65_536):
+                if _COMMIT in data and (cut := self.wire.take_cut()):
+                    self._cut(cut, data)
+                    return
+                self.server.sendall(data)
+        except OSError:
+            pass
+        if not self.muffled:
+            self.close()
+
+    def _to_client(self) -> None:
+        try:
+            while data := self.server.recv(65_536):
+                if not self.muffled:
+                    self.client.sendall(data)
+                elif _COMMIT in data:
+                    break
+        except OSError:
+            pass
+        self.close()
+
+    def _cut(self, cut: Cut, data: bytes) -> None:
+        if cut == "before":
+            self.close()
+            return
+        self.muffled = True
+        if cut == "late":
+            self.client.shutdown(socket.SHUT_RDWR)
+            self.wire.delivery.wait()
+        self.server.sendall(data)
+
+    def close(self) -> None:
+        for end in (self.client, self.server):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+class Wire:
+    """Listens on loopback and passes on to a database's server; ``url`` leads through it."""
+
+    def __init__(self, database_url: str) -> None:
+        parsed = make_url(database_url)
+        self._server = (parsed.host, parsed.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        port = self._listener.getsockname()[1]
+        self.url = parsed.set(host="127.0.0.1", port=port).render_as_string(hide_password=False)
+        self._cut: Cut | None = None
+        self._links: list[_Link] = []
+        self.delivery = threading.Event()
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+        self.delivery.set()
+        for link in self._links:
+            link.close()
+            link.client.close()
+            link.server.close()
+
+    def cut_next_commit(self, cut: Cut) -> None:
+        self._cut = cut
+
+    def take_cut(self) -> Cut | None:
+        cut, self._cut = self._cut, None
+        return cut
+
+    def deliver(self) -> None:
+        """Let a late COMMIT arrive now."""
+        self.delivery.set()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self._links.append(_Link(self, client, socket.create_connection(self._server)))
