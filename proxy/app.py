@@ -46,6 +46,9 @@ READY = b"/readyz"
 # How long the last bookings may take when the process ends.
 CLOSE_SECONDS = 10
 
+# An open exchange has two connections, and many systems stop at a thousand until they are asked for more.
+OPEN_FILES = 10_240
+
 log = structlog.get_logger(__name__)
 
 
@@ -234,8 +237,7 @@ def serve(
     again on SIGHUP. Raises ``SettingsError``, ``SchemaError``, SQLAlchemy's errors, and ``OSError`` where the address can't
     be listened on.
     """
-    # A core file would hold keys and prompts.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_process()
     terms = Terms(settings, load_card(settings))
     _migrate(settings)
     listener = _listen(settings.host, settings.port)
@@ -268,6 +270,16 @@ async def _serve_alone(
         following = asyncio.create_task(follow())
         await signals.end.wait()
         following.cancel()
+
+
+def _limit_process() -> None:
+    """What holds for this process and for those that it starts."""
+    # A core file would hold keys and prompts.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _migrate(settings: Settings) -> None:

@@ -203,6 +203,7 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._seen = _Seen()
         self._watch: asyncio.TimerHandle | None = None
+        self._sent_at = 0.0
 
     async def run(self) -> None:
         """Hold, send, relay, book. Returns when the charge is in the books, or with a refusal when nothing was held."""
@@ -272,6 +273,7 @@ class Exchange:
     async def _converse(self, admitted: Admitted) -> None:
         """Send the request and relay the answer, within the deadline of the whole exchange."""
         self._watch_reader()
+        self._sent_at = time.monotonic()
         try:
             async with asyncio.timeout(self._desk.timeout_seconds):
                 self._seen.answer = await self._post()
@@ -311,11 +313,10 @@ class Exchange:
             await self._client.start(answer.status, [*head, *self._own_headers(admitted)])
         operation = self._request.order.operation
         relayed, left = 0, answer.length
-        started = time.monotonic()
         async for piece in answer.pieces():
             tap.feed(piece)
             if not relayed:
-                self._desk.metrics.first_byte.labels(operation).observe(time.monotonic() - started)
+                self._desk.metrics.first_byte.labels(operation).observe(time.monotonic() - self._sent_at)
             relayed += len(piece)
             if left is not None and relayed == left:
                 self._seen.last_piece = piece

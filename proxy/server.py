@@ -30,7 +30,7 @@ HEADERS_MAX = 100
 URL_BYTES_MAX = 8_192
 
 # What may wait in our memory for one slow reader, beside the piece that is being written.
-WAITING_BYTES_MAX = 512 * 1024
+WAITING_BYTES_MAX = 256 * 1024
 
 # A head is a few kilobytes in one piece: who takes longer is not going to ask anything. A connection that has said nothing
 # yet counts too, for it costs a descriptor.
@@ -140,6 +140,7 @@ class Connection(HttpToolsProtocol):
         self._untold_bytes = 0
         self._in_head = False
         self._last = False
+        self._running: RequestResponseCycle | None = None
         self._deadline = 0.0
         self._body_bytes = 0
         self._paused = False
@@ -164,16 +165,17 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        # Of several requests in a row only the latest has been told; the one that is being answered is an earlier one.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         if self._timer is not None:
             self._timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         self._untold_bytes += len(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            self._decline_upgrade()
-            self.data_received(data[offer.args[0] :])
+            self._feed(data)
         except httptools.HttpParserError as error:
             cause = error.__context__
             self.reject(cause if isinstance(cause, Refusal) else Unreadable("The request can't be read as HTTP/1.1."))
@@ -200,7 +202,6 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._untold_bytes = 0
         self._in_head = True
         if self.cycle is not None:
             # The first head's time began with the connection.
@@ -215,6 +216,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._untold_bytes = 0
         self._in_head = False
+        if self.parser.get_http_version() not in ("1.1", "1.0") or self.parser.get_method() == b"CONNECT":
+            raise Unreadable("HTTP/1.1 is spoken here, and there is no tunnel.")
         check_head(self.url, self.headers)
         if self.parser.should_upgrade():
             return
@@ -237,7 +240,10 @@ class Connection(HttpToolsProtocol):
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        self._allow(self._patience.head_seconds if self._in_head else self._patience.idle_seconds)
+        if self.pipeline:
+            self._expect_body()
+        else:
+            self._allow(self._patience.head_seconds if self._in_head else self._patience.idle_seconds)
         super().on_response_complete()
         # The one timer of a connection watches over idling too.
         self._unset_keepalive_if_required()
@@ -247,6 +253,10 @@ class Connection(HttpToolsProtocol):
         self._last = True
         if self._unanswered is not None:
             self._unanswered.keep_alive = False
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _allow(self, seconds: float) -> None:
         self._deadline = self.loop.time() + seconds
@@ -272,14 +282,24 @@ class Connection(HttpToolsProtocol):
         request = self._unanswered
         if request is None:
             return True
-        excused = self._paused or self.flow.read_paused or not request.more_body
-        return not excused and self._body_bytes < self._patience.body_bytes_min
+        if self.pipeline or self._paused or self.flow.read_paused:
+            return False
+        return request.more_body and self._body_bytes < self._patience.body_bytes_min
 
     def _give_up(self) -> None:
         if self._in_head or self._unanswered is not None:
             self.reject(RequestTimeout())
         else:
             self.end()
+
+    def _feed(self, data: bytes) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                self._decline_upgrade()
+                data = data[offer.args[0] :]
 
     def _decline_upgrade(self) -> None:
         # Some clients offer HTTP/2 with their first request. The parser takes whatever follows the head for the other

@@ -53,7 +53,7 @@ class Signals:
             self.reread.clear()
             try:
                 terms = await asyncio.to_thread(_renew, terms, read)
-            except SettingsError as error:
+            except (SettingsError, OSError) as error:
                 log.error("settings_refused", reason=str(error))
             else:
                 log.info("settings_renewed", price_card=terms.card.version)

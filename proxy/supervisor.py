@@ -32,7 +32,7 @@ PAUSE_SECONDS_MAX = 10
 STEADY_SECONDS = 60
 
 # Where none of the workers has ever served after so many starts each, another start won't help.
-STARTS_MAX = 3
+STARTS_MAX = 2
 
 # Beyond the time to drain: what a worker takes to book what it breaks off, with a database that answers slowly.
 MARGIN_SECONDS = 30
@@ -105,6 +105,7 @@ class Supervisor:
     async def _employ(self, number: int) -> int:
         """One worker from its start to its death; its exit status, negative for a signal's number."""
         worker = await self._start(number)
+        log.info("worker_started", number=number, pid=worker.process.pid)
         self._workers.add(worker)
         if self._ending.is_set():
             worker.line.close()

@@ -21,9 +21,10 @@ import httpx2
 # keep idle connections for five seconds and more; one that was idle for longer than this is not used again.
 IDLE_SECONDS = 2.0
 
-# Of an answer, what may wait in memory for its reader before the upstream is held back, and when it may go on.
-WAITING_BYTES_HIGH = 256 * 1024
-WAITING_BYTES_LOW = 64 * 1024
+# Of an answer, what may wait in memory for its reader before the upstream is held back, and when it may go on. A read
+# brings up to 256 KB, which may come on top; of more than one read no answer gets faster, and 64 of them fill a memory.
+WAITING_BYTES_HIGH = 64 * 1024
+WAITING_BYTES_LOW = 16 * 1024
 
 # No server has more to say before its answer than this.
 HEAD_BYTES_MAX = 256 * 1024

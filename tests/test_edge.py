@@ -10,11 +10,10 @@ import struct
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import pytest
 
-from proxy import logs, server
+from proxy import logs
 from tests.bare import EDITS, GENERATIONS, JSON_TYPE, Incoming, Reply, ask, head, order, post, request, send
 from tests.live import PATIENCE_SECONDS, PRICE_MICRO_USD, LiveGateway, ScriptedUpstream, live_gateway, wait_for
 
@@ -269,19 +268,6 @@ def _has_ended(connection: socket.socket) -> bool:
     finally:
         connection.settimeout(PATIENCE_SECONDS)
     return True
-
-
-def test_a_head_that_does_not_come_is_not_waited_for(tmp_path: Path, log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
-    with live_gateway(f"sqlite:///{tmp_path}/beanmeter.db", tmp_path) as (gateway, _):
-        usual = post(gateway.key, BODY)
-        for start in (b"", b"P", usual[:40], usual + usual[:40]):
-            with gateway.connect() as connection:
-                connection.sendall(start)
-                incoming = Incoming(connection)
-                assert (incoming.reply() is not None) == (len(start) > len(usual))
-                # The end of the connection, and not the end of the test's patience.
-                assert connection.recv(1) == b""
 
 
 # What stands behind a body

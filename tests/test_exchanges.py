@@ -259,6 +259,7 @@ WHOLE = [
     Row("502 html", asked(n=2), HTML, PAGE, review(2 * HIGH), status=502),
     Row("500 empty", asked(), [], b"", review(HIGH), status=500),
     Row("500 json without an error", streamed(), JSON, b'{"detail":"x"}', review(HIGH), status=500),
+    Row("500 json of no image", asked(), JSON, json_answer(0), review(HIGH), status=500),
     # What auto came to.
     Row("auto, reported", asked(**AUTO), JSON, json_answer(size="1024x1024", quality="low"), settled(1, LOW, "reported")),
     Row(

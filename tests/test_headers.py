@@ -83,14 +83,14 @@ def test_the_gateways_own_headers_can_not_be_named_away(named: bytes) -> None:
     ("headers", "left"),
     [
         ([], []),
-        ([(b"Content-Type", b"a/b"), (b"DATE", b"now"), (b"Server", b"x")], [(b"content-type", b"a/b"), (b"date", b"now"), (b"server", b"x")]),
-        ([(b"Set-Cookie", b"a=1"), (b"X-A", b"1"), (b"set-cookie", b"b=2")], [(b"set-cookie", b"a=1"), (b"x-a", b"1"), (b"set-cookie", b"b=2")]),
+        ([(b"Content-Type", b"a/b"), (b"DATE", b"now")], [(b"content-type", b"a/b"), (b"date", b"now")]),
+        ([(b"Set-Cookie", b"a=1"), (b"X-A", b"1"), (b"set-cookie", b"b=2")],
+         [(b"set-cookie", b"a=1"), (b"x-a", b"1"), (b"set-cookie", b"b=2")]),
         ([(b"Content-Length", b"5")], [(b"content-length", b"5")]),
-        ([(b"X-Request-Id", b"theirs"), (b"X-RateLimit-Limit", b"1")], [(b"x-request-id", b"theirs"), (b"x-ratelimit-limit", b"1")]),
+        ([(b"X-Request-Id", b"theirs"), (b"X-RateLimit-Limit", b"1")],
+         [(b"x-request-id", b"theirs"), (b"x-ratelimit-limit", b"1")]),
         ([(name.title(), b"x") for name in HOP_BY_HOP], []),
         ([(b"X-Beanmeter-Error-Source", b"gateway"), (b"x-beanmeter-remaining-usd", b"1")], []),
-        # The one framing excludes the other, and the length may be a lie.
-        ([(b"Transfer-Encoding", b"chunked"), (b"Content-Length", b"5"), (b"X-A", b"1")], [(b"x-a", b"1")]),
     ],
 )  # fmt: skip
 def test_what_the_upstream_says_goes_to_the_client(headers: Pairs, left: Pairs) -> None:
@@ -185,7 +185,7 @@ def test_a_caller_s_headers_arrive_upstream(live: tuple[LiveGateway, ScriptedUps
 
 
 def test_nothing_is_added_upstream_that_the_caller_did_not_send(live: tuple[LiveGateway, ScriptedUpstream]) -> None:
-    gateway, upstream = live
+    _, upstream = live
     answered(live, whole(200, JSON, json_answer()))
     names = [name for name, _ in upstream.requests[-1].headers]
     own = ["accept-encoding", "content-length", "x-beanmeter-request-id"]
@@ -226,10 +226,10 @@ def test_an_answer_s_headers_arrive_at_the_client(live: tuple[LiveGateway, Scrip
         assert reply.values("x-beanmeter-reserved-usd") == ["0.210700"]
 
 
-def test_a_length_beside_chunks_is_not_believed(live: tuple[LiveGateway, ScriptedUpstream]) -> None:
-    body = json_answer()
-    reply = answered(live, chunked(200, [*JSON, ("Content-Length", "5")], [body]))
-    assert (reply.body, reply.values("content-length")) == (body, [])
+def test_an_answer_with_two_framings_is_not_passed_on(live: tuple[LiveGateway, ScriptedUpstream]) -> None:
+    """Two readers could take two different answers from it."""
+    reply = answered(live, chunked(200, [*JSON, ("Content-Length", "5")], [json_answer()]))
+    assert (reply.status, reply.error["code"]) == (502, "upstream_failed")
 
 
 def test_what_is_left_is_told_where_there_is_a_hard_budget(live: tuple[LiveGateway, ScriptedUpstream]) -> None:
@@ -294,6 +294,6 @@ def test_callers_on_one_connection_keep_their_answers_apart(live: tuple[LiveGate
 
 @pytest.mark.parametrize("written", ["a  ", "a\t", " \ta", "", "a b\tc", "\u00e9\u00ff", "a" * 8_000])
 def test_a_value_arrives_without_the_blanks_around_it(live: tuple[LiveGateway, ScriptedUpstream], written: str) -> None:
-    gateway, upstream = live
+    _, upstream = live
     assert answered(live, whole(200, JSON, json_answer()), ("X-Written", written)).status == 200
     assert upstream.requests[-1].values("x-written") == [written.strip(" \t")]

@@ -21,7 +21,7 @@ from proxy.ledger.schema import audit, balances, budgets, keys, limits, marks, t
 from proxy.periods import Period
 
 # A team's name is a metrics label, a column in reports and part of TEAM/KEY_ID on the command line.
-_NAME = re.compile(r"[^\W_][\w .@+&-]{0,62}[\w.+)]|[^\W_]", re.UNICODE)
+_NAME = re.compile(r"[^\W_][\w .@+&-]{0,62}[\w.+]|[^\W_]", re.UNICODE)
 
 
 # The mark that holds the price card last used with this database.
@@ -145,8 +145,7 @@ def add_key(
 
 def revoke_key(connection: Connection, key_id: str, *, now: datetime, actor: str) -> dict[str, Any]:
     """Stop a key from working. Revoking twice changes nothing."""
-    key = _key(connection, key_id)
-    team = _team_by_id(connection, key.team_id)
+    key, team = _lock_key(connection, key_id)
     before = _key_view(key, team.name)
     if key.revoked_at is not None:
         return before
@@ -156,8 +155,7 @@ def revoke_key(connection: Connection, key_id: str, *, now: datetime, actor: str
 
 def rotate_key(connection: Connection, key_id: str, *, overlap: timedelta, now: datetime, actor: str) -> NewKey:
     """A new key like this one; the old one goes on working for ``overlap``, or until it would have expired."""
-    old = _key(connection, key_id)
-    team = _team_by_id(connection, old.team_id)
+    old, team = _lock_key(connection, key_id)
     if not KeyHolder(old.id, team.id, team.name, old.expires_at, old.revoked_at, None).valid(now):
         raise AccountError(f"key {key_id} is revoked or expired; make a new one with 'beanmeter key add {team.name}'")
     lifetime = None if old.expires_at is None else old.expires_at - old.created_at
@@ -353,6 +351,13 @@ def _key(connection: Connection, key_id: str) -> Row[Any]:
     if row is None:
         raise AccountError(f"there is no key {key_id!r}; 'beanmeter key list' shows the ids, which start with key_")
     return row
+
+
+def _lock_key(connection: Connection, key_id: str) -> tuple[Row[Any], Row[Any]]:
+    """A key's row and its team's, as they are once the team is locked: nobody else changes the key then, or spends with it."""
+    lock_teams(connection, [_key(connection, key_id).team_id])
+    key = _key(connection, key_id)
+    return key, _team_by_id(connection, key.team_id)
 
 
 def _unknown(kind: str, name: str, known: Iterable[str], remedy: str) -> str:

@@ -94,6 +94,9 @@ def _open_postgresql(url: URL, *, writes: bool) -> Engine:
         pool_size=1 if writes else 4,
         # Commands write from several threads at once when a server runs them; the teller needs one.
         max_overflow=4,
+        # After a restart of the server its old connections are found out here, not by whoever reads next. The writer goes
+        # without: this costs a round trip each time.
+        pool_pre_ping=not writes,
         pool_timeout=LOCK_WAIT_SECONDS,
         isolation_level="READ COMMITTED" if writes else "REPEATABLE READ",
         connect_args={

@@ -79,7 +79,7 @@ class Sweeper:
             self._reachable_since = time.monotonic()
         if time.monotonic() - self._reachable_since < SETTLED_IN_SECONDS:
             return 0
-        await asyncio.gather(*(self._teller.book(_overdue(row)) for row in rows))
+        await asyncio.gather(*(self._teller.book(overdue_booking(row)) for row in rows))
         for row in rows:
             log.warning("charge_swept", charge=row.id, was=row.state)
         return len(rows)
@@ -100,7 +100,8 @@ def find_overdue(connection: Connection, now: datetime, review_time: timedelta) 
     return list(connection.execute(query.order_by(charges.c.created_at).limit(FOUND_MAX)))
 
 
-def _overdue(row: Row[Any]) -> Booking:
+def overdue_booking(row: Row[Any]) -> Booking:
+    """How the ledger ends a charge that :func:`find_overdue` found."""
     if row.state == "reserved":
         outcome = Outcome("released", 0, 0, 0, row.size, row.quality, None, "never_sent")
     elif row.state == "forwarded":

@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Literal, Protocol
 
 import structlog
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from proxy.ledger.books import post
 from proxy.ledger.decisions import Booking, Decision, Reservation
@@ -157,6 +157,8 @@ class Teller:
             batch = self._gather()
             if batch.steps:
                 self._write(batch)
+                # Not before all of the batch has its place: what of it was written singly must not wipe out the rest.
+                self._clear_journal()
             if self._closing and self._waiting.empty():
                 if not self._unwritten:
                     return
@@ -194,17 +196,19 @@ class Teller:
                 reservations = [item.job for item in batch.reserves]
                 decisions = post(connection, reservations, [item.job for item in batch.books], self._clock())
                 committing = True
-        except IntegrityError as error:
+        except (IntegrityError, DataError) as error:
             self._write_singly(batch, error)
         except (SQLAlchemyError, OSError) as error:
             self._fail(batch, error, committing=committing)
+        except Exception as error:
+            # Such as a number that SQLite's driver can't pass on. Whatever it is, the thread must outlive it.
+            self._write_singly(batch, error)
         else:
             self._retry_seconds = RETRY_SECONDS_FIRST
             seconds = time.perf_counter() - started
             for step in batch.steps:
                 self._observer.committed(step, seconds)
             self._answer(batch, decisions)
-            self._clear_journal()
 
     def _answer(self, batch: _Batch, decisions: Sequence[Decision]) -> None:
         answers = [(item.answer, decision) for item, decision in zip(batch.reserves, decisions, strict=True)]
@@ -220,13 +224,14 @@ class Teller:
 
         self._call(deliver)
 
-    def _write_singly(self, batch: _Batch, error: IntegrityError) -> None:
+    def _write_singly(self, batch: _Batch, error: Exception) -> None:
         """One job that can't be written must not keep the others of its batch out of the books."""
         if len(batch.reserves) + len(batch.books) > 1:
-            for reserve in batch.reserves:
-                self._write(_Batch(reserves=[reserve]))
+            # Bookings first, as in a batch: what they release has room again.
             for book in batch.books:
                 self._write(_Batch(books=[book]))
+            for reserve in batch.reserves:
+                self._write(_Batch(reserves=[reserve]))
             return
         # The charge stays as it is, held, and comes up for review: nothing is lost, and a person looks at it.
         log.critical("ledger_rejected", charges=_ids(batch), error=_cause(error))

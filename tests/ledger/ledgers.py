@@ -89,7 +89,7 @@ class Ledger:
     def charges(self) -> dict[str, dict[str, Any]]:
         """All charges by id."""
         with self.database.reading() as connection:
-            return {row.id: row._asdict() for row in connection.execute(select(charges))}
+            return {row.id: row._asdict() for row in connection.execute(select(charges).order_by(charges.c.id))}
 
     def content(self) -> dict[str, list[tuple[Any, ...]]]:
         """Every row of every table."""

@@ -74,6 +74,10 @@ class Wire:
         port = self._listener.getsockname()[1]
         self.url = parsed.set(host="127.0.0.1", port=port).render_as_string(hide_password=False)
         self._cut: Cut | None = None
+        self._spare = 0
+        self._stay_down = False
+        # While it is down, connections are closed as soon as they are made.
+        self.down = False
         self._links: list[_Link] = []
         self.delivery = threading.Event()
         self._thread = threading.Thread(target=self._accept, daemon=True)
@@ -92,11 +96,17 @@ class Wire:
             link.client.close()
             link.server.close()
 
-    def cut_next_commit(self, cut: Cut) -> None:
-        self._cut = cut
+    def cut_next_commit(self, cut: Cut, *, spare: int = 0, stay_down: bool = False) -> None:
+        """Cut the next COMMIT that comes by, or the one after so many that are spared; and stay down."""
+        self._cut, self._spare, self._stay_down = cut, spare, stay_down
 
     def take_cut(self) -> Cut | None:
+        """What is to become of the COMMIT that has just come by."""
+        if self._cut is None or self._spare:
+            self._spare = max(0, self._spare - 1)
+            return None
         cut, self._cut = self._cut, None
+        self.down = self._stay_down
         return cut
 
     def deliver(self) -> None:
@@ -109,4 +119,7 @@ class Wire:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            self._links.append(_Link(self, client, socket.create_connection(self._server)))
+            if self.down:
+                client.close()
+            else:
+                self._links.append(_Link(self, client, socket.create_connection(self._server)))

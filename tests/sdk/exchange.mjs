@@ -1,7 +1,7 @@
 // Calls the gateway as any application does: with nothing but its base URL and a team key. One line of JSON a call.
-import OpenAI, { toFile } from "openai";
-
-const [baseURL, apiKey] = process.argv.slice(2);
+// The first argument names the SDK's release, as package.json does.
+const [sdk, baseURL, apiKey] = process.argv.slice(2);
+const { default: OpenAI, toFile } = await import(sdk);
 const client = new OpenAI({ baseURL, apiKey });
 const order = { model: "gpt-image-2", prompt: "a bean", size: "1024x1024", quality: "low" };
 

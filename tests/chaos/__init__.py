@@ -1,0 +1,1 @@
+"""Faults on purpose: whatever breaks, the books agree with the bill."""

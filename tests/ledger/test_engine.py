@@ -1,0 +1,110 @@
+"""What the connections of either database really are set to, and who waits for whom."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from ledger.ledgers import NOON, Ledger, reservation
+from proxy.ledger.engine import LOCK_WAIT_SECONDS, STATEMENT_SECONDS, Database
+from proxy.ledger.schema import keys
+
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+ON_POSTGRESQL = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    ("pragma", "value"),
+    [("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("busy_timeout", LOCK_WAIT_SECONDS * 1000)],
+)
+def test_sqlite_connections(ledger: Ledger, pragma: str, value: object) -> None:
+    for transaction in (ledger.database.writing, ledger.database.reading):
+        with transaction() as connection:
+            assert connection.exec_driver_sql(f"PRAGMA {pragma}").scalar() == value
+
+
+@ON_SQLITE
+def test_a_writer_on_sqlite_has_the_lock_from_its_first_moment(ledger: Ledger, tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "beanmeter.db", timeout=0, isolation_level=None)
+    try:
+        with ledger.database.writing(), pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+        with ledger.database.reading():
+            other.execute("BEGIN IMMEDIATE")
+            other.execute("ROLLBACK")
+    finally:
+        other.close()
+
+
+@pytest.mark.postgres
+@ON_POSTGRESQL
+@pytest.mark.parametrize(
+    ("setting", "writing", "reading"),
+    [
+        ("statement_timeout", f"{STATEMENT_SECONDS}s", f"{STATEMENT_SECONDS}s"),
+        ("lock_timeout", f"{LOCK_WAIT_SECONDS}s", f"{LOCK_WAIT_SECONDS}s"),
+        ("idle_in_transaction_session_timeout", f"{2 * STATEMENT_SECONDS}s", f"{2 * STATEMENT_SECONDS}s"),
+        ("timezone", "UTC", "UTC"),
+        ("application_name", "beanmeter", "beanmeter"),
+        ("transaction_isolation", "read committed", "repeatable read"),
+        ("synchronous_commit", "on", "on"),
+    ],
+)
+def test_postgresql_sessions(ledger: Ledger, setting: str, writing: str, reading: str) -> None:
+    with ledger.database.writing() as writer, ledger.database.reading() as reader:
+        found = [connection.execute(text(f"SHOW {setting}")).scalar() for connection in (writer, reader)]
+    assert found == [writing, reading]
+
+
+def test_a_reader_and_a_writer_do_not_wait_for_each_other(ledger: Ledger) -> None:
+    account = ledger.account()
+    ledger.set_budget(10**9)
+    with ledger.database.reading() as reader:
+        before = reader.exec_driver_sql("SELECT count(*) FROM charges").scalar()
+        ledger.post([reservation(account)])
+        # The reader's view stays the one it began with, and what was written meanwhile is there for the next.
+        assert reader.exec_driver_sql("SELECT count(*) FROM charges").scalar() == before == 0
+    with ledger.database.writing() as writer:
+        writer.exec_driver_sql("DELETE FROM charges")
+        assert len(ledger.charges()) == 1
+
+
+def test_writers_of_one_database_take_turns(ledger: Ledger) -> None:
+    """Several threads of a process, with one object between them, lose no update."""
+
+    def count_up() -> None:
+        for _ in range(10):
+            with ledger.database.writing() as connection:
+                connection.exec_driver_sql("UPDATE marks SET value = CAST(CAST(value AS integer) + 1 AS text)")
+
+    with ledger.database.writing() as connection:
+        connection.exec_driver_sql("INSERT INTO marks VALUES ('count', '0')")
+    threads = [threading.Thread(target=count_up) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with ledger.database.reading() as connection:
+        assert connection.exec_driver_sql("SELECT value FROM marks").scalar() == "40"
+
+
+def test_a_row_cannot_point_at_nothing(ledger: Ledger) -> None:
+    row = {"id": "key_1", "team_id": 99, "name": "", "digest": b"x" * 32, "last_four": "abcd", "created_at": NOON}
+    with pytest.raises(IntegrityError), ledger.database.writing() as connection:
+        connection.execute(keys.insert().values(**row))
+
+
+def test_nothing_connects_before_it_is_used(tmp_path: Path) -> None:
+    for url in (f"sqlite:///{tmp_path}/nowhere/beanmeter.db", "postgresql://nobody@127.0.0.1:1/none"):
+        database = Database(url)
+        for transaction in (database.writing, database.reading):
+            with pytest.raises(OperationalError), transaction():
+                pass
+        database.close()
+    assert list(tmp_path.iterdir()) == []
