@@ -85,10 +85,13 @@ class Supervisor:
         pause = PAUSE_SECONDS_FIRST
         while not self._ending.is_set():
             began = time.monotonic()
-            status = await self._employ(number)
-            if self._ending.is_set():
-                return
-            log.error("worker_died", number=number, status=status)
+            try:
+                status = await self._employ(number)
+            except OSError as error:
+                log.error("worker_not_started", number=number, cause=error.strerror)
+            else:
+                if not self._ending.is_set():
+                    log.error("worker_died", number=number, status=status)
             if not self._served:
                 self._starts_in_vain += 1
             if self._starts_in_vain >= STARTS_MAX * self._terms.settings.workers:
@@ -109,8 +112,7 @@ class Supervisor:
         self._workers.add(worker)
         if self._ending.is_set():
             worker.line.close()
-        serves = await worker.answers.read(1)
-        if serves and not self._served:
+        if await _serves(worker) and not self._served:
             self._served = True
             self._ready()
         status = await worker.process.wait()
@@ -121,6 +123,8 @@ class Supervisor:
 
     async def _start(self, number: int) -> _Worker:
         ours, theirs = socket.socketpair()
+        answers, line = await asyncio.open_connection(sock=ours)
+        line.write(_letter(self._terms))
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -133,8 +137,6 @@ class Supervisor:
                 # The worker runs this very program, wherever that was found.
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
-        answers, line = await asyncio.open_connection(sock=ours)
-        line.write(_letter(self._terms))
         return _Worker(process, line, answers)
 
     async def _follow(self, read: Callable[[], Settings]) -> None:
@@ -173,6 +175,14 @@ async def receive(line: asyncio.StreamReader) -> Terms | None:
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
     return terms
+
+
+async def _serves(worker: _Worker) -> bool:
+    """Whether the worker comes to serve; waits until it does, or has died."""
+    try:
+        return await worker.answers.read(1) == SERVING
+    except ConnectionError:  # It died before it had read its terms.
+        return False
 
 
 def _letter(terms: Terms) -> bytes:

@@ -188,7 +188,7 @@ class Teller:
             return max(0.0, self._retry_at - time.monotonic())
         return 0.05 if self._closing else None
 
-    def _write(self, batch: _Batch) -> None:
+    def _write(self, batch: _Batch, *, again: bool = True) -> None:
         started = time.perf_counter()
         committing = False
         try:
@@ -199,7 +199,12 @@ class Teller:
         except (IntegrityError, DataError) as error:
             self._write_singly(batch, error)
         except (SQLAlchemyError, OSError) as error:
-            self._fail(batch, error, committing=committing)
+            if again and not committing and isinstance(error, DBAPIError) and error.connection_invalidated:
+                # The database was restarted since the last transaction. Nothing of this one is written, and a new
+                # connection may serve it.
+                self._write(batch, again=False)
+            else:
+                self._fail(batch, error, committing=committing)
         except Exception as error:
             # Such as a number that SQLite's driver can't pass on. Whatever it is, the thread must outlive it.
             self._write_singly(batch, error)
