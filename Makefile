@@ -22,7 +22,7 @@ run: install
 install: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

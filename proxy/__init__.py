@@ -3,17 +3,18 @@
 The rooms, from the ground up. A file imports only from floors below its own.
 
 - floor 0: ``money``, ``periods``, ``tokens``, ``errors``, ``headers``, ``skim``, ``images`` -- pure, know nothing of each other
-- floor 1: ``prices``, ``forms`` -- pure: what an image costs, and how a form is read
+- floor 1: ``prices``, ``forms``, ``door`` -- pure: what an image costs, how a form is read, who may see the books
 - floor 2: ``orders``, ``taps`` -- pure: what a request asks for, and what an answer brought
 - floor 3: ``outcomes``, ``settings``, ``spool``, ``transport`` -- what an end means for the money, what the operator decides,
   bodies on disk, HTTP to one upstream
-- floor 4: ``ledger/``, ``upstream``, ``logs``, ``simulator/`` -- the database, the way to BeansAI, a BeansAI to try against
-- floor 5: ``metrics``, ``keyring`` -- what is counted, who is calling
+- floor 4: ``ledger/``, ``upstream``, ``logs``, ``signals``, ``simulator/`` -- the database, the way to BeansAI, what the
+  operating system tells, a BeansAI to try against
+- floor 5: ``metrics``, ``keyring``, ``admin`` -- what is counted, who is calling, what the operator sees
 - floor 6: ``exchange`` -- one exchange's life, from the hold to the books
 - floor 7: ``gateway``, ``endpoints`` -- from a client's request to an exchange, and what is asked with GET
-- floor 8: ``server`` -- the HTTP edge
+- floor 8: ``server``, ``supervisor`` -- the HTTP edge, and several processes behind one
 - floor 9: ``app`` -- wiring
-- floor 10: ``demo`` -- everything together, with sample teams
+- floor 10: ``demo``, ``worker`` -- everything together, with sample teams; one process of several
 - floor 11: ``cli/`` -- the commands
 """
 

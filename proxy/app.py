@@ -15,14 +15,17 @@ from pathlib import Path
 import structlog
 import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
+from proxy.door import Door
 from proxy.endpoints import make_endpoints
 from proxy.errors import MethodNotAllowed
 from proxy.exchange import Client, Desk, refuse
 from proxy.gateway import Gateway
 from proxy.keyring import Keyring
+from proxy.ledger.accounts import note_prices
 from proxy.ledger.engine import Database
 from proxy.ledger.journal import Journal
 from proxy.ledger.migrate import migrate
@@ -81,7 +84,8 @@ class _Shift:
             max_body_bytes=settings.max_body_bytes,
             spool_directory=Path(settings.state_dir) / "spool",
         )
-        self.rest = make_endpoints(database, keyring, card, metrics, utc_now, _no_lifespan)
+        door = Door(None if settings.admin_token is None else settings.admin_token.get_secret_value())
+        self.rest = make_endpoints(database, keyring, card, metrics, utc_now, door)
         self._requests = 0
         self._quiet = asyncio.Event()
 
@@ -154,6 +158,7 @@ class Application:
             yield
         finally:
             self._sweeping.cancel()
+            await self._noting
             # Exchanges first, for they book; the teller next, for it writes; then what both used.
             for finishing in self._finishing.values():
                 finishing.cancel()
@@ -176,19 +181,25 @@ class Application:
 
     def _begin(self) -> None:
         self._shift = _Shift(self._terms, self._database, self._teller, self._metrics)
+        self._noting = asyncio.create_task(asyncio.to_thread(self._note_prices))
         sweeper = Sweeper(
             self._database, self._teller, utc_now, journals=self._journals, review_hours=self.settings.review_hours
         )
         self._sweeping = asyncio.create_task(sweeper.run())
 
+    def _note_prices(self) -> None:
+        """Leave a trace of which prices are in force since when."""
+        card = self._terms.card
+        try:
+            with self._database.writing() as connection:
+                note_prices(connection, card.version, card.fingerprint, now=utc_now(), actor="serve")
+        except (SQLAlchemyError, OSError) as error:
+            # A gateway starts, and takes other prices, also while the ledger is away; the next start leaves the trace.
+            log.warning("prices_not_noted", version=card.version, cause=type(error).__name__)
+
     @property
     def _journals(self) -> Path:
         return self.settings.state_dir / "journal"
-
-
-@asynccontextmanager
-async def _no_lifespan(_app: object) -> AsyncIterator[None]:
-    yield
 
 
 @asynccontextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +14,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from proxy.admin import make_admin
+from proxy.door import Door
 from proxy.errors import SOURCE_HEADER, LedgerUnavailable, MethodNotAllowed, ModelNotFound, Refusal, UnknownUrl
 from proxy.keyring import Keyring
 from proxy.ledger.accounts import KeyHolder
@@ -26,11 +27,10 @@ from proxy.prices import PriceCard
 from proxy.tokens import new_request_id
 
 Clock = Callable[[], datetime]
-Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 
 
 def make_endpoints(
-    database: Database, keyring: Keyring, card: PriceCard, metrics: Metrics, clock: Clock, lifespan: Lifespan
+    database: Database, keyring: Keyring, card: PriceCard, metrics: Metrics, clock: Clock, door: Door
 ) -> ASGIApp:
     """The application for everything but the priced paths."""
     endpoints = _Endpoints(database, keyring, card, metrics, clock)
@@ -42,6 +42,7 @@ def make_endpoints(
             Route("/v1/models", endpoints.models),
             Route("/v1/models/{model}", endpoints.model),
             Route("/v1/budget", endpoints.budget),
+            *make_admin(database, door, clock),
         ],
         exception_handlers={
             Refusal: endpoints.refuse,
@@ -49,7 +50,6 @@ def make_endpoints(
             405: endpoints.not_allowed,
             500: endpoints.failed,
         },
-        lifespan=lifespan,
     )
     # A trailing slash is another path, and a redirect would make an SDK send its key a second time.
     app.router.redirect_slashes = False

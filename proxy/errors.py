@@ -6,7 +6,11 @@ Refusal
 +-- MethodNotAllowed           405  another method on a path of ours
 +-- UnsupportedMediaType       415  another content type, or a content encoding
 +-- RequestTooLarge            413  a body over the limit
++-- RequestTimeout             408  the request came too slowly
++-- UrlTooLong                 414
++-- HeadTooLarge               431  too many headers, or too large
 +-- BadRequest                 400
+|   +-- Unreadable                  not HTTP/1.1, or a head that two readers could take in two ways
 |   +-- InvalidJson
 |   +-- InvalidMultipart
 |   +-- IncompleteBody              the client's body ended before its declared end
@@ -109,6 +113,34 @@ class RequestTooLarge(Refusal):
 
 class BadRequest(Refusal):
     status = 400
+
+
+class Unreadable(BadRequest):
+    code = "bad_request"
+
+
+class RequestTimeout(Refusal):
+    status = 408
+    code = "request_timeout"
+
+    def __init__(self) -> None:
+        super().__init__("The request came too slowly, and the gateway waits no longer. Nothing was sent upstream.")
+
+
+class UrlTooLong(Refusal):
+    status = 414
+    code = "url_too_long"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"The URL is longer than {limit_bytes} bytes. What an order says belongs in its body.")
+
+
+class HeadTooLarge(Refusal):
+    status = 431
+    code = "headers_too_large"
+
+    def __init__(self, limit_bytes: int, limit_fields: int) -> None:
+        super().__init__(f"The head of the request is larger than {limit_bytes} bytes or {limit_fields} fields. Send fewer.")
 
 
 class InvalidJson(BadRequest):

@@ -20,7 +20,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from proxy.errors import SOURCE_HEADER, BadRequest, Refusal
+from proxy.errors import SOURCE_HEADER, HeadTooLarge, Refusal, RequestTimeout, Unreadable, UrlTooLong
 from proxy.gateway import LINK
 from proxy.headers import values
 
@@ -62,34 +62,6 @@ _HOST = re.compile(rb"[0-9A-Za-z.\-_:\[\]%]{1,255}")
 
 
 log = structlog.get_logger(__name__)
-
-
-class Unreadable(BadRequest):
-    code = "bad_request"
-
-
-class RequestTimeout(Refusal):
-    status = 408
-    code = "request_timeout"
-
-    def __init__(self) -> None:
-        super().__init__("The request came too slowly, and the gateway waits no longer. Nothing was sent upstream.")
-
-
-class UrlTooLong(Refusal):
-    status = 414
-    code = "url_too_long"
-
-    def __init__(self) -> None:
-        super().__init__(f"The URL is longer than {URL_BYTES_MAX} bytes. What an order says belongs in its body.")
-
-
-class HeadTooLarge(Refusal):
-    status = 431
-    code = "headers_too_large"
-
-    def __init__(self) -> None:
-        super().__init__(f"The head of the request is larger than {HEAD_BYTES_MAX} bytes or {HEADERS_MAX} fields. Send fewer.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +153,8 @@ class Connection(HttpToolsProtocol):
             self.reject(cause if isinstance(cause, Refusal) else Unreadable("The request can't be read as HTTP/1.1."))
         else:
             if self._untold_bytes > HEAD_BYTES_MAX:
-                self.reject(UrlTooLong() if self._in_head and len(self.url) > URL_BYTES_MAX else HeadTooLarge())
+                long_url = self._in_head and len(self.url) > URL_BYTES_MAX
+                self.reject(UrlTooLong(URL_BYTES_MAX) if long_url else HeadTooLarge(HEAD_BYTES_MAX, HEADERS_MAX))
 
     def reject(self, refusal: Refusal) -> None:
         """Refuse what can't be read, and close; a request that came whole before it is owed its answer first."""
@@ -319,11 +292,11 @@ class Connection(HttpToolsProtocol):
 def check_head(url: bytes, headers: list[tuple[bytes, bytes]]) -> None:
     """Raise a :class:`Refusal` for a head that is too large, or whose meaning depends on who reads it."""
     if len(url) > URL_BYTES_MAX:
-        raise UrlTooLong
+        raise UrlTooLong(URL_BYTES_MAX)
     if not url.startswith(b"/") or b"#" in url:
         raise Unreadable("A path follows the method, and no fragment follows the path.")
     if len(headers) > HEADERS_MAX or sum(len(name) + len(value) for name, value in headers) > HEAD_BYTES_MAX:
-        raise HeadTooLarge
+        raise HeadTooLarge(HEAD_BYTES_MAX, HEADERS_MAX)
     if any(_CONTROL.search(value) for _, value in headers):
         raise Unreadable("Headers hold no control characters.")
     hosts, lengths, codings = (values(headers, name) for name in (b"host", b"content-length", b"transfer-encoding"))

@@ -109,6 +109,8 @@ class Supervisor:
         """One worker from its start to its death; its exit status, negative for a signal's number."""
         worker = await self._start(number)
         log.info("worker_started", number=number, pid=worker.process.pid)
+        # Nothing is awaited between these two: new terms that come meanwhile must not pass the worker by.
+        worker.line.write(_letter(self._terms))
         self._workers.add(worker)
         if self._ending.is_set():
             worker.line.close()
@@ -123,20 +125,25 @@ class Supervisor:
 
     async def _start(self, number: int) -> _Worker:
         ours, theirs = socket.socketpair()
-        answers, line = await asyncio.open_connection(sock=ours)
-        line.write(_letter(self._terms))
-        with theirs:
+        handed_on = (self._listener.fileno(), theirs.fileno())
+        try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-P",
                 "-m",
                 "proxy.worker",
-                *map(str, (number, self._listener.fileno(), theirs.fileno(), self._metrics)),
+                *map(str, (number, *handed_on, self._metrics)),
                 stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(self._listener.fileno(), theirs.fileno()),
+                pass_fds=handed_on,
                 # The worker runs this very program, wherever that was found.
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        answers, line = await asyncio.open_connection(sock=ours)
         return _Worker(process, line, answers)
 
     async def _follow(self, read: Callable[[], Settings]) -> None:

@@ -29,7 +29,9 @@ from sqlalchemy import text
 import proxy
 import proxy.app
 from proxy import demo
+from proxy.admin import make_admin
 from proxy.cli import app, main
+from proxy.door import Door
 from proxy.errors import Refusal
 from proxy.ledger import accounts
 from proxy.ledger.engine import Database
@@ -74,7 +76,7 @@ class Block:
 
 def blocks_of(path: Path) -> Iterator[Block]:
     found = re.finditer(
-        r"^(?:<!-- not run: (?P<reason>.+) -->\n)?```(?P<language>\S*)\n(?P<code>.*?)^```$",
+        r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\S*)\n(?P<code>.*?)^```$",
         path.read_text("utf-8"),
         re.MULTILINE | re.DOTALL,
     )
@@ -223,6 +225,13 @@ def test_every_refusal_is_documented_with_its_status_and_type() -> None:
     assert len(rows) == len(documented)
 
 
+def test_every_listing_of_the_admin_api_is_documented() -> None:
+    database = Database("sqlite:///unused.db")
+    paths = {route.path for route in make_admin(database, Door(None), lambda: datetime.now(UTC))}
+    database.close()
+    assert {span(path).removeprefix("GET ") for path, _ in table(README, "Admin API")} == paths
+
+
 def test_the_floors_are_those_of_the_code() -> None:
     floors = re.findall(r"^- floor (\d+): (.+?) -- (.+?)(?=^- floor|\Z)", proxy.__doc__ or "", re.MULTILINE | re.DOTALL)
     assert floors
@@ -247,7 +256,7 @@ def test_every_link_leads_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(there), f"{path.name} points to {target}, and there is no such heading"
 
 
-def tests_in(path: Path) -> set[str]:
+def names_of_tests(path: Path) -> set[str]:
     tree = ast.parse(path.read_text("utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
@@ -256,7 +265,7 @@ def tests_in(path: Path) -> set[str]:
 def test_every_file_and_test_that_is_named_exists(path: Path) -> None:
     for name, test in re.findall(r"\b((?:tests|proxy|bench|docs)/[\w/.-]+\.\w+)(?:::(\w+))?", path.read_text("utf-8")):
         assert (ROOT / name).exists(), f"{path.name} names {name}, which is not there"
-        assert not test or test in tests_in(ROOT / name), f"{name} has no test {test}"
+        assert not test or test in names_of_tests(ROOT / name), f"{name} has no test {test}"
 
 
 def test_every_fault_is_shown_by_a_test() -> None:
@@ -339,9 +348,7 @@ def test_curl(block: Block, gateway: LiveGateway, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [block for block in to_run("sh") if not calls_curl(block)], ids=str)
-def test_commands(
-    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     for line in block.code.splitlines():
         program, *arguments = shlex.split(line, comments=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,7 +27,7 @@ SIMULATOR_PORT = 8081
 def serve(host: Host = None, port: Port = None, workers: Workers = None) -> None:
     """Run the gateway."""
     from proxy import app, logs
-    from proxy.settings import SettingsError, cautions, load_card
+    from proxy.settings import SettingsError, cautions, load, load_card
 
     settings = read_settings(host=host, port=port, workers=workers)
     if settings.upstream_key is None:
@@ -43,11 +44,9 @@ def serve(host: Host = None, port: Port = None, workers: Workers = None) -> None
         if not has_teams:
             say("There is no team yet. Make one: beanmeter team add NAME; beanmeter key add NAME")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # The server raises the signal again once all is closed: who was told to stop, and has, did not fail.
-        signal.signal(number, lambda *_: sys.exit(0))
     logs.configure(sys.stderr)
-    raise typer.Exit(app.serve(settings, ready))
+    options = {"host": host, "port": port, "workers": workers}
+    raise typer.Exit(app.serve(settings, ready, lambda: load(os.environ, Path.cwd(), options)))
 
 
 def demo(port: Port = None) -> None:

@@ -92,7 +92,8 @@ Change = Callable[[Connection, str], object]
 
 
 def _key_of_blue(connection: Connection) -> str:
-    return connection.scalars(select(keys.c.id).where(keys.c.team_id == 2)).one()
+    found: str = connection.scalars(select(keys.c.id).where(keys.c.team_id == 2)).one()
+    return found
 
 
 REFUSED_CHANGES: list[tuple[Change, str]] = [

@@ -94,7 +94,7 @@ def test_a_booking_of_an_unknown_charge_changes_nothing(ledger: Ledger) -> None:
 
 def test_what_was_known_of_the_answer_outlives_a_review(ledger: Ledger) -> None:
     job = reservation(ledger.account())
-    known = {
+    known: dict[str, Any] = {
         "upstream_status": 200,
         "upstream_cost_micro_usd": 5,
         "upstream_request_id": "up_1",
@@ -344,7 +344,7 @@ class Walk:
             assert left[decision.scope, decision.period] <= decision.remaining_micro_usd
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_after_every_step_of_a_walk_the_books_add_up(ledger: Ledger, seed: int) -> None:
     teams = [ledger.account(name) for name in ("red", "blue")]
     walkers = [*teams, ledger.another_key("red")]

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -17,7 +18,7 @@ from ledger.ledgers import NOON, PRICE, Account, Ledger, released, reservation, 
 from ledger.traffic import Log
 from ledger.wire import Cut, Wire
 from proxy.ledger.books import lock_teams
-from proxy.ledger.decisions import Admitted, Booking, Decision, OverBudget
+from proxy.ledger.decisions import Admitted, Booking, OverBudget
 from proxy.ledger.engine import Database
 from proxy.ledger.journal import SUFFIX, Journal
 from proxy.ledger.teller import BATCH_JOBS_MAX, LedgerDown, Teller
@@ -113,7 +114,7 @@ def test_bookings_and_reservations_share_a_transaction(ledger: Ledger, account: 
                 lock_teams(connection, [account.team_id])
                 blocked = teller.reserve(reservation(account))
                 await until(lambda: teller._waiting.empty())
-                waiting = [teller.reserve(second), teller.book(released(first))]
+                waiting: list[Awaitable[object]] = [teller.reserve(second), teller.book(released(first))]
             assert isinstance(await blocked, OverBudget)
             assert await all_of(waiting) == [Admitted(0), None]
         assert log.commits == ["reserve", "reserve", "book"]
@@ -375,7 +376,7 @@ def test_a_job_is_carried_out_after_its_loop_has_closed(ledger: Ledger, account:
             leaving.extend([teller.book(settled(job)), teller.reserve(later)])
             asyncio.get_running_loop().call_soon(asyncio.get_running_loop().stop)
 
-    leaving: list[asyncio.Future[None] | asyncio.Future[Decision]] = []
+    leaving: list[asyncio.Future[Any]] = []
     asyncio.run(leave_at_once())
     asyncio.run(teller.close(PATIENCE_SECONDS))
     database.close()
@@ -390,7 +391,7 @@ def test_a_waiter_that_leaves_changes_nothing(ledger: Ledger, account: Account) 
         async with at_work(ledger.url) as (teller, log):
             with ledger.database.writing() as connection:
                 lock_teams(connection, [account.team_id])
-                leaving = [teller.book(settled(jobs[0])), teller.reserve(jobs[1])]
+                leaving: list[asyncio.Future[Any]] = [teller.book(settled(jobs[0])), teller.reserve(jobs[1])]
                 for one in leaving:
                     assert one.cancel()
                 staying = teller.reserve(jobs[2])
