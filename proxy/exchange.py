@@ -375,10 +375,12 @@ class Exchange:
 
     def _looks_whole(self, outcome: Outcome, delivery: Delivery) -> bool:
         """Of an answer that ends with its connection: whether all that was to come has come."""
-        answer = self._seen.answer
-        if answer is None or not self._seen.ended:
+        answer, tap = self._seen.answer, self._seen.tap
+        if answer is None or tap is None or not self._seen.ended:
             return False
-        return answer.status >= 300 or delivery.complete or outcome.images_delivered >= self._request.order.n
+        if answer.status >= 300 or delivery.complete:
+            return True
+        return not tap.reads_document and outcome.images_delivered >= self._request.order.n
 
     def _failure(self) -> Refusal:
         if not self._seen.reached:

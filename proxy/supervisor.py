@@ -28,8 +28,8 @@ from proxy.signals import Signals, Terms
 PAUSE_SECONDS_FIRST = 0.1
 PAUSE_SECONDS_MAX = 10
 
-# Who has worked for this long did not die of its start.
-STEADY_SECONDS = 60
+# Who has lived for this long did not die of its start, which takes a second; whatever killed it, requests wait.
+STEADY_SECONDS = 3
 
 # Where none of the workers has ever served after so many starts each, another start won't help.
 STARTS_MAX = 2

@@ -139,6 +139,11 @@ class Tap:
         except Exception:
             self._faulty = True
 
+    @property
+    def reads_document(self) -> bool:
+        """Whether the answer is one JSON document, of which a part is nothing to a client; not events, each whole in itself."""
+        return isinstance(self._reader, _Document)
+
     def finish(self, *, ended_properly: bool) -> Delivery:
         """What was delivered.
 

@@ -114,7 +114,7 @@ def refused(live: tuple[LiveGateway, ScriptedUpstream], data: bytes, expected: R
 
 
 INVALID = {field: Refused(400, "invalid_value", field) for field in ("size", "quality", "n", "stream")}
-TWICE = {field: Refused(400, "duplicate_parameter", field) for field in ORDER.keys() - {"prompt"} | {"n", "stream"}}
+TWICE = {field: Refused(400, "duplicate_parameter", field) for field in ("model", "size", "quality", "n", "stream")}
 NO_MODEL = Refused(400, "missing_required_parameter", "model")
 OTHER_MODEL = Refused(404, "model_not_found", "model")
 NOT_JSON = Refused(400, "invalid_json")

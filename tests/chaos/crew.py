@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psycopg
 
 from proxy.ledger import accounts, reports
 from proxy.ledger.engine import Database
@@ -24,6 +25,7 @@ from proxy.simulator import Simulator, SimulatorOptions, running_simulator
 from tests.chaos.runner import Plan, run
 from tests.ledger.ledgers import check
 from tests.live import ORDER, PATIENCE_SECONDS, UPSTREAM_KEY, Loop, now, wait_for
+from tests.postgres import Server
 
 # A process is forked from one that has everything loaded already: a start takes milliseconds, and it has one thread.
 _processes = multiprocessing.get_context("forkserver")
@@ -226,3 +228,10 @@ def crew(database_url: str, place: Path, options: SimulatorOptions | None = None
         found.close()
         loop.run(simulating.__aexit__(None, None, None))
         loop.close()
+
+
+def fresh_database(server: Server) -> str:
+    """The URL of an empty database on a server of the test's own."""
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE books")
+    return server.url.removesuffix("postgres") + "books"

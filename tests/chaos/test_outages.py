@@ -7,12 +7,11 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from proxy.ledger.decisions import Booking
 from proxy.ledger.journal import Journal, abandoned
-from tests.chaos.crew import Crew, crew
+from tests.chaos.crew import Crew, crew, fresh_database
 from tests.chaos.sizes import size
 from tests.ledger.ledgers import Account, released, reservation, reviewed, settled
 from tests.ledger.wire import Cut, Wire
@@ -24,7 +23,7 @@ ORDERS = 8
 
 @pytest.mark.postgres
 def test_a_server_that_crashes_in_the_middle_of_exchanges(breakable_postgres: Server, tmp_path: Path) -> None:
-    with crew(database_of(breakable_postgres), tmp_path) as team:
+    with crew(fresh_database(breakable_postgres), tmp_path) as team:
         team.set_budget(10**12)
         # Every exchange is overdue long before the server is back: who lives is given the time to book all the same.
         hasty = replace(
@@ -62,12 +61,6 @@ def watch_states(team: Crew, before: set[str]) -> set[str]:
 
     wait_for(ended)
     return seen
-
-
-def database_of(server: Server) -> str:
-    with psycopg.connect(server.url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE books")
-    return server.url.removesuffix("postgres") + "books"
 
 
 @pytest.mark.postgres

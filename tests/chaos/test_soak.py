@@ -12,12 +12,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx2
-import psycopg
 import pytest
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -79,8 +78,8 @@ class Gateway:
         lines = (json.loads(line) for line in self.log.read_text().splitlines() if line.startswith('{"'))
         return [line["pid"] for line in lines if line["event"] == "worker_started"]
 
-    def kill_one(self, chance: random.Random) -> bool:
-        """Kill one of the workers that live; whether there was one."""
+    def kill_one(self, chance: random.Random) -> None:
+        """Kill one of the workers that live, if there is one."""
         workers = self.workers()[-4:]
         chance.shuffle(workers)
         for pid in workers:
@@ -88,8 +87,7 @@ class Gateway:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-            return True
-        return False
+            return
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -133,3 +131,123 @@ def test_the_books_through_kills_and_crashes(breakable_postgres: Server, tmp_pat
             assert rows[request_id]["state"] in ("settled", "review"), rows[request_id]
         for gateway in gateways:
             assert "Traceback" not in gateway.log.read_text(), gateway.log.read_text()
+
+
+class Soak:
+    """Clients that order one image after the other, from either gateway, until told to stop."""
+
+    def __init__(self, base_urls: list[str], keys: tuple[str, str], chance: random.Random) -> None:
+        self._base_urls = base_urls
+        self._keys = keys
+        self._seeds = [chance.random() for _ in range(CLIENTS)]
+        # Set when the last fault has been.
+        self.calm = threading.Event()
+        self.ends: Counter[int | str] = Counter()
+        # The requests whose image came whole.
+        self.answered: list[str] = []
+
+    async def run(self) -> set[str]:
+        """The gateways that served somebody within the time that they have for it after the last fault."""
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=50)
+        async with httpx2.AsyncClient(limits=limits, timeout=PATIENCE_SECONDS, trust_env=False) as client:
+            ordering = [asyncio.create_task(self._order_on(client, seed)) for seed in self._seeds]
+            await asyncio.to_thread(self.calm.wait)
+            served = await asyncio.gather(*(self._served(client, url) for url in self._base_urls))
+            await asyncio.gather(*ordering)
+        return {url for url, found in zip(self._base_urls, served, strict=True) if found}
+
+    async def _order_on(self, client: httpx2.AsyncClient, seed: float) -> None:
+        chance = random.Random(seed)
+        while not self.calm.is_set():
+            (directives,) = chance.choices(list(DIRECTIVES), list(DIRECTIVES.values()))
+            url, key = chance.choice(self._base_urls), chance.choice(self._keys)
+            end = await self._order(client, url, key, directives, stream=chance.random() < 0.5)
+            self.ends[end] += 1
+            if end != 200:
+                await asyncio.sleep(0.05)
+
+    async def _served(self, client: httpx2.AsyncClient, url: str) -> bool:
+        try:
+            async with asyncio.timeout(RECOVERY_SECONDS):
+                while await self._order(client, url, self._keys[0], "", stream=False) != 200:
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _order(self, client: httpx2.AsyncClient, url: str, key: str, directives: str, *, stream: bool) -> int | str:
+        """The answer's status, or the kind of break."""
+        order = {**ORDER, "prompt": f"a bean [[sim bytes=3000]] {directives}", "stream": stream}
+        try:
+            answer = await client.post(f"{url}/images/generations", json=order, headers={"authorization": f"Bearer {key}"})
+        except httpx2.TransportError as error:
+            return type(error).__name__
+        if answer.status_code == 200 and b'"b64_json"' in answer.content:
+            self.answered.append(answer.headers["x-beanmeter-request-id"])
+        assert answer.status_code in (200, 400, 429, 500, 502, 503), answer.text
+        return answer.status_code
+
+
+def break_things(server: Server, gateways: list[Gateway], soak: Soak, chance: random.Random) -> None:
+    """Kill a worker now and then and crash the server now and then; the last fault is a kill."""
+    began = time.monotonic()
+    crash_at = began + CRASH_SECONDS
+    try:
+        while time.monotonic() < began + SOAK_SECONDS:
+            time.sleep(KILL_SECONDS)
+            chance.choice(gateways).kill_one(chance)
+            if time.monotonic() > crash_at:
+                crash_at += CRASH_SECONDS
+                server.crash()
+                server.start()
+                chance.choice(gateways).kill_one(chance)
+    finally:
+        soak.calm.set()
+
+
+@contextmanager
+def watching(team: Crew, narrow_id: str) -> Iterator[Counter[str]]:
+    """Looks at the books for as long as the block lasts, and makes the narrow budget a little wider now and then, so that
+    there is always something to race for. What the looks found."""
+    looks: Counter[str] = Counter()
+    faults: list[str] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        limit, widen_at = 0, 0.0
+        while not ended.wait(0.1):
+            try:
+                if time.monotonic() > widen_at:
+                    widen_at = time.monotonic() + 1
+                    limit += 20 * PRICE_MICRO_USD
+                    team.set_budget(limit, narrow_id)
+                found = look(team)
+            except SQLAlchemyError:
+                looks["away"] += 1
+                continue
+            looks["looks"] += 1
+            for key_id, (most, counted, added_up) in found.items():
+                looks["full"] += counted + PRICE_MICRO_USD > most
+                if counted > most or counted != added_up:
+                    faults.append(f"{key_id}: {counted} of {most} counted, {added_up} added up")
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield looks
+    finally:
+        ended.set()
+        thread.join()
+    assert not faults, faults[:5]
+
+
+def look(team: Crew) -> dict[str | None, tuple[int, int, int]]:
+    """For each budget, at one instant: its limit, what its balance says, and what its charges add up to."""
+    found: dict[str | None, tuple[int, int, int]] = {}
+    amount = charges.c.settled_micro_usd + charges.c.reserved_micro_usd
+    with team.database.reading() as connection:
+        for row in connection.execute(select(budgets, balances).join(balances)):
+            scope = [] if row.key_id is None else [charges.c.key_id == row.key_id]
+            added_up = connection.execute(select(func.coalesce(func.sum(amount), 0)).where(*scope)).scalar_one()
+            found[row.key_id] = (row.limit_micro_usd, row.settled_micro_usd + row.held_micro_usd, int(added_up))
+    return found
