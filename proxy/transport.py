@@ -1,7 +1,7 @@
 """HTTP/1.1 to one upstream, as a transport for the HTTP client: connections, and the answers on them.
 
 The client's own transport asks every idle connection for its health at every request and parses in Python; this one is told
-by the event loop when a connection ends, and parses in C. Its figures are in ``docs/performance.md``. What a paid POST needs
+by the event loop when a connection ends, and parses in C. What a paid POST needs
 is the same in both: nothing is ever sent twice, and an answer that didn't end as it was framed is an error.
 """
 
@@ -21,8 +21,8 @@ import httpx2
 # keep idle connections for five seconds and more; one that was idle for longer than this is not used again.
 IDLE_SECONDS = 2.0
 
-# Of an answer, what may wait in memory for its reader before the upstream is held back, and when it may go on. A read
-# brings up to 256 KB, which may come on top; of more than one read no answer gets faster, and 64 of them fill a memory.
+# Of an answer, what may wait in memory for its reader before the upstream is held back, and when it may go on. One read
+# brings up to 256 KB, which may come on top: an answer gets no faster from more than that.
 WAITING_BYTES_HIGH = 64 * 1024
 WAITING_BYTES_LOW = 16 * 1024
 

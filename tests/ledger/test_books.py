@@ -344,7 +344,7 @@ class Walk:
             assert left[decision.scope, decision.period] <= decision.remaining_micro_usd
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_after_every_step_of_a_walk_the_books_add_up(ledger: Ledger, seed: int) -> None:
     teams = [ledger.account(name) for name in ("red", "blue")]
     walkers = [*teams, ledger.another_key("red")]
@@ -360,38 +360,38 @@ def test_after_every_step_of_a_walk_the_books_add_up(ledger: Ledger, seed: int) 
 # What can't be
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"state": "paid"},
-        {"operation": "variation"},
-        {"basis": "guessed"},
-        {"images_requested": 0},
-        {"images_requested": 11},
-        {"images_delivered": -1},
-        {"hold_micro_usd": 0, "reserved_micro_usd": 0},
-        {"reserved_micro_usd": -1},
-        {"reserved_micro_usd": PRICE + 1},
-        {"reserved_micro_usd": PRICE - 1},
-        {"settled_micro_usd": -1},
-        {"settled_micro_usd": 1},
-        {"finished_at": NOON},
-        {"state": "settled", "basis": "requested", "finished_at": NOON},
-        {"state": "settled", "reserved_micro_usd": 0, "finished_at": NOON},
-        {"state": "settled", "reserved_micro_usd": 0, "basis": "requested"},
-        {"state": "released", "finished_at": NOON},
-        {"state": "released", "reserved_micro_usd": 0, "settled_micro_usd": 1, "finished_at": NOON},
-        {"state": "review"},
-        {"key_id": "key_unknown"},
-        {"team_id": 99},
-    ],
-    ids=str,
-)
-def test_the_database_refuses_a_charge_that_cannot_be(ledger: Ledger, changes: dict[str, Any]) -> None:
+IMPOSSIBLE: list[dict[str, Any]] = [
+    {"state": "paid"},
+    {"operation": "variation"},
+    {"basis": "guessed"},
+    {"images_requested": 0},
+    {"images_requested": 11},
+    {"images_delivered": -1},
+    {"hold_micro_usd": 0, "reserved_micro_usd": 0},
+    {"reserved_micro_usd": -1},
+    {"reserved_micro_usd": PRICE + 1},
+    {"reserved_micro_usd": PRICE - 1},
+    {"settled_micro_usd": -1},
+    {"settled_micro_usd": 1},
+    {"finished_at": NOON},
+    {"state": "settled", "basis": "requested", "finished_at": NOON},
+    {"state": "settled", "reserved_micro_usd": 0, "finished_at": NOON},
+    {"state": "settled", "reserved_micro_usd": 0, "basis": "requested"},
+    {"state": "released", "finished_at": NOON},
+    {"state": "released", "reserved_micro_usd": 0, "settled_micro_usd": 1, "finished_at": NOON},
+    {"state": "review"},
+    {"key_id": "key_unknown"},
+    {"team_id": 99},
+]
+
+
+def test_the_database_refuses_a_charge_that_cannot_be(ledger: Ledger) -> None:
     job = reservation(ledger.account())
     ledger.post([job])
-    with pytest.raises(IntegrityError), ledger.database.writing() as connection:
-        connection.execute(update(charges).values(**changes))
+    for changes in IMPOSSIBLE:
+        with pytest.raises(IntegrityError), ledger.database.writing() as connection:
+            connection.execute(update(charges).values(**changes))
+            pytest.fail(f"written: {changes}")
 
 
 def test_the_database_refuses_sums_and_limits_below_zero(ledger: Ledger) -> None:

@@ -44,9 +44,8 @@ def test_a_writer_on_sqlite_has_the_lock_from_its_first_moment(ledger: Ledger, t
 
 @pytest.mark.postgres
 @ON_POSTGRESQL
-@pytest.mark.parametrize(
-    ("setting", "writing", "reading"),
-    [
+def test_postgresql_sessions(ledger: Ledger) -> None:
+    expected = [
         ("statement_timeout", f"{STATEMENT_SECONDS}s", f"{STATEMENT_SECONDS}s"),
         ("lock_timeout", f"{LOCK_WAIT_SECONDS}s", f"{LOCK_WAIT_SECONDS}s"),
         ("idle_in_transaction_session_timeout", f"{2 * STATEMENT_SECONDS}s", "0"),
@@ -54,12 +53,10 @@ def test_a_writer_on_sqlite_has_the_lock_from_its_first_moment(ledger: Ledger, t
         ("application_name", "beanmeter", "beanmeter"),
         ("transaction_isolation", "read committed", "repeatable read"),
         ("synchronous_commit", "on", "on"),
-    ],
-)
-def test_postgresql_sessions(ledger: Ledger, setting: str, writing: str, reading: str) -> None:
+    ]
     with ledger.database.writing() as writer, ledger.database.reading() as reader:
-        found = [connection.execute(text(f"SHOW {setting}")).scalar() for connection in (writer, reader)]
-    assert found == [writing, reading]
+        for setting, *values in expected:
+            assert [one.execute(text(f"SHOW {setting}")).scalar() for one in (writer, reader)] == values, setting
 
 
 def test_a_reader_and_a_writer_do_not_wait_for_each_other(ledger: Ledger) -> None:
