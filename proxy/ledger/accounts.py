@@ -158,11 +158,13 @@ def rotate_key(connection: Connection, key_id: str, *, overlap: timedelta, now: 
     old, team = _lock_key(connection, key_id)
     if not KeyHolder(old.id, team.id, team.name, old.expires_at, old.revoked_at, None).valid(now):
         raise AccountError(f"key {key_id} is revoked or expired; make a new one with 'beanmeter key add {team.name}'")
+    if old.successor_id is not None:
+        raise AccountError(f"key {key_id} has been rotated already; rotate its successor {old.successor_id}")
     lifetime = None if old.expires_at is None else old.expires_at - old.created_at
     new = add_key(connection, team.name, name=old.name, lifetime=lifetime, now=now, actor=actor)
     end = now + overlap if old.expires_at is None else min(now + overlap, old.expires_at)
     before = _key_view(old, team.name)
-    connection.execute(keys.update().where(keys.c.id == key_id).values(expires_at=end))
+    connection.execute(keys.update().where(keys.c.id == key_id).values(expires_at=end, successor_id=new.id))
     record(connection, "key.rotate", key_id, before, before | {"expires_at": end}, now, actor)
     return new
 

@@ -96,6 +96,8 @@ keys = Table(
     Column("created_at", Instant, nullable=False),
     Column("expires_at", Instant),
     Column("revoked_at", Instant),
+    # The key that was made in its place.
+    Column("successor_id", ForeignKey("keys.id")),
     CheckConstraint("length(digest) = 32", name="digest_length"),
     CheckConstraint("length(last_four) = 4", name="last_four_length"),
 )

@@ -210,10 +210,17 @@ class Teller:
             self._write_singly(batch, error)
         else:
             self._retry_seconds = RETRY_SECONDS_FIRST
+            self._answer(batch, decisions)
             seconds = time.perf_counter() - started
             for step in batch.steps:
-                self._observer.committed(step, seconds)
-            self._answer(batch, decisions)
+                self._tell(self._observer.committed, step, seconds)
+
+    def _tell(self, observe: Callable[..., None], *what: object) -> None:
+        try:
+            observe(*what)
+        except Exception:
+            # Whoever counts can fail, such as on a full disk; the books go on.
+            log.exception("not_observed")
 
     def _answer(self, batch: _Batch, decisions: Sequence[Decision]) -> None:
         answers = [(item.answer, decision) for item, decision in zip(batch.reserves, decisions, strict=True)]
@@ -241,14 +248,14 @@ class Teller:
         # The charge stays as it is, held, and comes up for review: nothing is lost, and a person looks at it.
         log.critical("ledger_rejected", charges=_ids(batch), error=_cause(error))
         for step in batch.steps:
-            self._observer.failed(step)
+            self._tell(self._observer.failed, step)
         self._refuse(batch.reserves)
         self._answer(_Batch(books=batch.books), [])
 
     def _fail(self, batch: _Batch, error: Exception, *, committing: bool) -> None:
         log.error("ledger_unavailable", reservations=len(batch.reserves), bookings=len(batch.books), error=_cause(error))
         for step in batch.steps:
-            self._observer.failed(step)
+            self._tell(self._observer.failed, step)
         self._unwritten.extend(batch.books)
         if committing:
             # The commit may have happened though its answer was lost. Nothing is sent for these reservations, so
@@ -263,7 +270,7 @@ class Teller:
 
     def _write_journal(self) -> None:
         """Make safe what is unwritten; its exchanges are done then, whenever the database comes back."""
-        self._unbooked(len(self._unwritten))
+        self._tell(self._unbooked, len(self._unwritten))
         new = [item for item in self._unwritten if not item.journaled]
         if self._journal is None or not new:
             return
@@ -285,7 +292,7 @@ class Teller:
         except OSError as error:
             # A replay of what is booked changes nothing.
             log.error("journal_not_cleared", cause=error.strerror)
-        self._unbooked(0)
+        self._tell(self._unbooked, 0)
 
     def _refuse(self, reserves: Sequence[_Reserve]) -> None:
         futures = [item.answer for item in reserves]

@@ -205,6 +205,14 @@ def test_rotation_lets_the_old_key_work_for_a_while(
     assert ledger.post([reservation(account)], now=then) == [KeyRefused()]
 
 
+def test_a_key_is_rotated_once(ledger: Ledger) -> None:
+    account = ledger.account("red")
+    with ledger.database.writing() as connection:
+        successor = accounts.rotate_key(connection, account.key_id, overlap=DAY, now=NOON, actor="test")
+        with pytest.raises(accounts.AccountError, match=successor.id):
+            accounts.rotate_key(connection, account.key_id, overlap=DAY, now=NOON, actor="test")
+
+
 def test_a_key_that_does_not_work_is_not_rotated(ledger: Ledger) -> None:
     expired, revoked, archived = ledger.account(lifetime=DAY), ledger.another_key("red"), ledger.account("gone")
     with ledger.database.writing() as connection:

@@ -10,7 +10,6 @@ from datetime import UTC, date, datetime, timedelta
 from itertools import combinations
 from typing import Any
 
-import pytest
 from sqlalchemy import Connection, event
 
 from ledger.ledgers import NOON, ORDER, PRICE, Account, Ledger, released, reservation, reviewed, settled
