@@ -8,7 +8,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
-.PHONY: run install test lint lock
+.PHONY: run install test chaos lint lock
 .DELETE_ON_ERROR:
 
 # Without an upstream key there is nothing to relay to, so the demo brings its own upstream.
@@ -23,6 +23,10 @@ install: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_FLAGS)
+
+# Every fault at its full size, which takes an hour; `make test` has a little of each.
+chaos: $(VENV)/.installed-dev
+	TEST_CHAOS=full $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/chaos
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

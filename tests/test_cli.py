@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ledger.ledgers import Account, Ledger
-from live import Loop
 from sqlalchemy import select
 
 from proxy import tokens
@@ -33,6 +31,8 @@ from proxy.outcomes import answered, unanswered
 from proxy.prices import DeliveredImage, Order, shipped_card
 from proxy.simulator import SimulatorOptions, running_simulator
 from proxy.taps import Delivery
+from tests.ledger.ledgers import Account, Ledger
+from tests.live import Loop
 
 ROOT = Path(__file__).parent.parent
 CARD = shipped_card()

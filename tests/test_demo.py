@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ledger.ledgers import Ledger
 
 from proxy import demo
 from proxy.ledger.reports import list_budgets, list_charges
+from tests.ledger.ledgers import Ledger
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

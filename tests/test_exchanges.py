@@ -19,7 +19,12 @@ from typing import Any
 
 import httpx2
 import pytest
-from live import (
+
+from proxy.app import running
+from proxy.ledger import accounts, reports
+from proxy.prices import shipped_card
+from proxy.settings import load
+from tests.live import (
     JSON,
     ORDER,
     PATIENCE_SECONDS,
@@ -39,11 +44,6 @@ from live import (
     wait_for,
     whole,
 )
-
-from proxy.app import running
-from proxy.ledger import accounts, reports
-from proxy.prices import shipped_card
-from proxy.settings import load
 
 PRICES = shipped_card().models["gpt-image-2"].micro_usd
 HIGH = PRICES["1024x1024", "high"]

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 import pytest
-from ledger.ledgers import NOON, Account, Ledger
-from outage import database_away
 from sqlalchemy import event
 
 from proxy.errors import InvalidApiKey, LedgerUnavailable
@@ -18,6 +16,8 @@ from proxy.keyring import Keyring
 from proxy.ledger import accounts
 from proxy.ledger.engine import Database
 from proxy.tokens import new_key
+from tests.ledger.ledgers import NOON, Account, Ledger
+from tests.outage import database_away
 
 LONG = 3_600.0
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from live import (
+
+from tests.live import (
     JSON,
     ORDER,
     PATIENCE_SECONDS,

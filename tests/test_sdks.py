@@ -16,11 +16,11 @@ from typing import Any
 
 import openai
 import pytest
-from live import UPSTREAM_KEY, LiveGateway, Loop, wait_for
 from openai.types import ImageEditCompletedEvent, ImageGenCompletedEvent, ImagesResponse
 
 from proxy.prices import shipped_card
 from proxy.simulator import Simulator, SimulatorOptions, pictures, running_simulator
+from tests.live import UPSTREAM_KEY, LiveGateway, Loop, wait_for
 
 PRICES = shipped_card().models["gpt-image-2"].micro_usd
 LOW = PRICES["1024x1024", "low"]

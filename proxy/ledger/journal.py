@@ -42,8 +42,10 @@ class Journal:
             self._make_room(ROOM_BYTES)
             self._path = self._path.rename(self._path.with_suffix(SUFFIX))
             _sync_directory(directory)
-        except OSError:
+        except OSError as error:
             self.close()
+            # Not every call says what it was about, and the operator has to know which disk.
+            error.filename = str(directory)
             raise
 
     def write(self, bookings: Iterable[Booking]) -> None:

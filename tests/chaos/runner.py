@@ -106,13 +106,14 @@ def _watch(come_by: Come) -> None:
 
 
 def _watch_commits(come_by: Come) -> None:
-    post, writing = teller.post, Database.writing
+    post = teller.post  # type: ignore[attr-defined]
+    writing = Database.writing
     transaction = threading.local()
 
     def watched_post(
         connection: Connection, reservations: Sequence[Reservation], bookings: Sequence[Booking], now: datetime
     ) -> list[Decision]:
-        decisions = post(connection, reservations, bookings, now)
+        decisions: list[Decision] = post(connection, reservations, bookings, now)
         transaction.steps = [BEFORE_RESERVE_COMMIT, AFTER_RESERVE_COMMIT] if reservations else []
         transaction.steps += [BEFORE_BOOK_COMMIT, AFTER_BOOK_COMMIT] if bookings else []
         for step in transaction.steps[::2]:
@@ -127,7 +128,7 @@ def _watch_commits(come_by: Come) -> None:
         for step in transaction.steps[1::2]:
             come_by(step)
 
-    teller.post = watched_post
+    teller.post = watched_post  # type: ignore[attr-defined]
     Database.writing = watched_writing  # type: ignore[method-assign]
 
 

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from sqlalchemy import Row, select
 
 from proxy.ledger.schema import charges
 from tests.bare import Incoming, Reply, order, post
+from tests.chaos.framing import FRAMINGS, Framing, framed
 from tests.chaos.sizes import size
 from tests.live import (
     JSON,
@@ -33,17 +34,13 @@ from tests.live import (
     event,
     json_answer,
     live_gateway,
-    until_closed,
     wait_for,
-    whole,
 )
 
 DISCONNECTS = size(100, 1_000)
 
 # Every boundary in full; otherwise every so many bytes, from a start that chance gives.
 CUT_STEP_BYTES = size(9, 1)
-
-Framing = Literal["chunked", "length", "close"]
 
 PREVIEW = event("image_generation.partial_image", b64_json="aW1hZ2U=", partial_image_index=0)
 IMAGE = completed(size="1024x1024", quality="high")
@@ -56,14 +53,14 @@ def place(tmp_path: Path) -> Iterator[tuple[LiveGateway, ScriptedUpstream]]:
         yield found
 
 
-@pytest.mark.parametrize("framing", ["chunked", "length", "close"])
+@pytest.mark.parametrize("framing", FRAMINGS)
 @pytest.mark.parametrize("shape", ["stream", "json"])
 def test_the_upstream_is_cut_at_every_byte(
     place: tuple[LiveGateway, ScriptedUpstream], chance: random.Random, framing: Framing, shape: str
 ) -> None:
     gateway, upstream = place
     pieces = STREAM if shape == "stream" else [json_answer(2, size="1024x1024", quality="high")]
-    answer = framed(framing, SSE if shape == "stream" else JSON, pieces)
+    answer = framed(framing, 200, SSE if shape == "stream" else JSON, pieces)
     states: Counter[str] = Counter()
     offsets = [*range(chance.randrange(CUT_STEP_BYTES), len(answer), CUT_STEP_BYTES), len(answer)]
     for offset in offsets:
@@ -88,12 +85,6 @@ def test_the_upstream_is_cut_at_every_byte(
     assert len(upstream.requests) == len(offsets), "nothing is sent twice"
     assert states["settled"]
     assert states["review"]
-
-
-def framed(framing: Framing, headers: list[tuple[str, str]], pieces: list[bytes]) -> bytes:
-    if framing == "chunked":
-        return chunked(200, headers, pieces)
-    return (whole if framing == "length" else until_closed)(200, headers, b"".join(pieces))
 
 
 def body_in(framing: Framing, answer: bytes) -> bytes:
@@ -167,7 +158,9 @@ def test_clients_leave_at_any_byte(place: tuple[LiveGateway, ScriptedUpstream], 
     ]
     ways = [chance.choice(("close", "reset")) for _ in leavings]
     with ThreadPoolExecutor(8) as clients:
-        list(clients.map(lambda leaving, how: leave(gateway, request, *leaving, how), leavings, ways))
+        leaving = [clients.submit(leave, gateway, request, *bounds, how) for bounds, how in zip(leavings, ways, strict=True)]
+        for left in leaving:
+            left.result()
     served = sum(read > 0 for _, read in leavings)
     # A reset can overtake a request that was just sent, so that nobody ever read it.
     sent = sum(written == len(request) for written, _ in leavings)

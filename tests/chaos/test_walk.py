@@ -262,8 +262,8 @@ class Walk:
             self.seen[type(decision)] += 1
             if isinstance(decision, Admitted):
                 self.names.append(job.charge_id)
-        touched = [job.charge_id for job in (*reservations, *bookings)]
-        self.look(touched, {job.team_id for job in (*reservations, *bookings)})
+        jobs: list[Reservation | Booking] = [*reservations, *bookings]
+        self.look([job.charge_id for job in jobs], {job.team_id for job in jobs})
 
     def change(self, deed: Callable[[Connection], None], *, works: bool) -> None:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ledger.ledgers import Ledger
+from tests.ledger.ledgers import Ledger
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, select, text
 
-from ledger.ledgers import NOON, PRICE, Ledger, released, reservation, settled
 from proxy import tokens
 from proxy.ledger import accounts
 from proxy.ledger.accounts import AccountError, KeyHolder
 from proxy.ledger.decisions import Admitted, KeyRefused, OverBudget
 from proxy.ledger.reports import list_budgets
 from proxy.ledger.schema import audit, balances, keys
+from tests.ledger.ledgers import NOON, PRICE, Ledger, released, reservation, settled
 
 DAY = timedelta(days=1)
 

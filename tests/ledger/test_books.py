@@ -15,7 +15,14 @@ import pytest
 from sqlalchemy import Connection, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
-from ledger.ledgers import (
+from proxy import periods
+from proxy.ledger import accounts
+from proxy.ledger.books import post
+from proxy.ledger.decisions import NEXT, Admitted, Booking, Decision, KeyRefused, OverBudget, Reservation, State
+from proxy.ledger.schema import balances, budgets, charges, rollups
+from proxy.outcomes import Ending, Outcome
+from proxy.prices import AUTO
+from tests.ledger.ledgers import (
     NOON,
     ORDER,
     PRICE,
@@ -29,14 +36,7 @@ from ledger.ledgers import (
     reviewed,
     settled,
 )
-from ledger.traffic import Counts, send_traffic, traffic_process
-from proxy import periods
-from proxy.ledger import accounts
-from proxy.ledger.books import post
-from proxy.ledger.decisions import NEXT, Admitted, Booking, Decision, KeyRefused, OverBudget, Reservation, State
-from proxy.ledger.schema import balances, budgets, charges, rollups
-from proxy.outcomes import Ending, Outcome
-from proxy.prices import AUTO
+from tests.ledger.traffic import Counts, send_traffic, traffic_process
 
 ENDINGS: dict[Ending, Callable[[Reservation], Booking]] = {"settled": settled, "released": released, "review": reviewed}
 

@@ -8,8 +8,8 @@ from typing import get_args
 
 import pytest
 
-from ledger.ledgers import NOON
 from proxy.ledger.decisions import NEXT, Admitted, Balance, OverBudget, State, admit
+from tests.ledger.ledgers import NOON
 
 
 def balance(limit: int, settled: int = 0, held: int = 0, *, soft: bool = False, **changes: object) -> Balance:

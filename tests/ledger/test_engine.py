@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from ledger.ledgers import NOON, Ledger, reservation
 from proxy.ledger.engine import LOCK_WAIT_SECONDS, STATEMENT_SECONDS, Database
 from proxy.ledger.schema import keys
+from tests.ledger.ledgers import NOON, Ledger, reservation
 
 ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 ON_POSTGRESQL = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

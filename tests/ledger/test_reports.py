@@ -12,7 +12,6 @@ from typing import Any
 
 from sqlalchemy import Connection, event
 
-from ledger.ledgers import NOON, ORDER, PRICE, Account, Ledger, released, reservation, reviewed, settled
 from proxy import periods
 from proxy.ledger.reports import (
     GROUPS,
@@ -24,6 +23,7 @@ from proxy.ledger.reports import (
     read_figures,
     spend,
 )
+from tests.ledger.ledgers import NOON, ORDER, PRICE, Account, Ledger, released, reservation, reviewed, settled
 
 SUMS = ("requests", "images", "settled_micro_usd", "reserved_micro_usd")
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import psycopg
 import pytest
-from outage import database_away
 from structlog.testing import capture_logs
 
-from ledger.ledgers import NOON, PRICE, Account, Ledger, released, reservation, reviewed, settled
-from ledger.traffic import Log
-from ledger.wire import Cut, Wire
 from proxy.ledger.books import lock_teams
 from proxy.ledger.decisions import Admitted, Booking, OverBudget
 from proxy.ledger.engine import Database
 from proxy.ledger.journal import SUFFIX, Journal
 from proxy.ledger.teller import BATCH_JOBS_MAX, LedgerDown, Teller
+from tests.ledger.ledgers import NOON, PRICE, Account, Ledger, released, reservation, reviewed, settled
+from tests.ledger.traffic import Log
+from tests.ledger.wire import Cut, Wire
+from tests.outage import database_away
 
 # What takes longer than this won't come.
 PATIENCE_SECONDS = 30

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from uuid import uuid4
 
-from ledger.ledgers import NOON, Account, released, reservation, settled
 from proxy.ledger.decisions import Admitted
 from proxy.ledger.engine import Database
 from proxy.ledger.teller import LedgerDown, Step, Teller
+from tests.ledger.ledgers import NOON, Account, released, reservation, settled
 
 
 class Log:
