@@ -35,7 +35,7 @@ from tests.live import (
 REQUESTS = size(2_000, 100_000)
 STREAMS = size(500, 10_000)
 
-CLIENTS = 16
+CLIENTS = 32
 
 # Who has sent all and hears nothing for so long says that nothing more will come. What is then still open hangs.
 QUIET_SECONDS = 0.4

@@ -75,7 +75,7 @@ def test_no_room_for_the_database(small_disk: Path, tmp_path: Path) -> None:
         process = team.start(team.plan())
         assert team.order(process.base_url) == 200
         with full(small_disk):
-            codes = Counter(team.order(process.base_url) for _ in range(20))
+            codes = Counter(team.order(process.base_url) for _ in range(10))
             assert set(codes) <= {200, "ledger_unavailable"}
             assert codes["ledger_unavailable"]
             # What was let in while there still was a page to write on is on the bill, and will be in the books.
@@ -145,7 +145,7 @@ def test_no_more_open_files(tmp_path: Path) -> None:
         process = team.start(replace(team.plan(), limits={resource.RLIMIT_NOFILE: 40}))
         with ThreadPoolExecutor(60) as clients:
             answers = list(
-                clients.map(lambda url: team.order(url, "[[sim latency=0.2]]"), [process.base_url] * size(120, 1_000))
+                clients.map(lambda url: team.order(url, "[[sim latency=0.2]]"), [process.base_url] * size(60, 1_000))
             )
         ends = Counter(answers)
         assert ends[200]

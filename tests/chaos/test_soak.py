@@ -30,9 +30,12 @@ from tests.postgres import Server
 ROOT = Path(__file__).parents[2]
 
 CLIENTS = size(40, 200)
-SOAK_SECONDS = size(8, 60)
+SOAK_SECONDS = size(6, 60)
 KILL_SECONDS = 2
-CRASH_SECONDS = size(4, 15)
+CRASH_SECONDS = size(3, 15)
+
+# How much room the narrow budget gains each second: fewer images than are asked for.
+WIDENING_IMAGES = 4
 
 # After the last fault somebody is served again within this.
 RECOVERY_SECONDS = 5.0
@@ -221,7 +224,7 @@ def watching(team: Crew, narrow_id: str) -> Iterator[Counter[str]]:
             try:
                 if time.monotonic() > widen_at:
                     widen_at = time.monotonic() + 1
-                    limit += 20 * PRICE_MICRO_USD
+                    limit += WIDENING_IMAGES * PRICE_MICRO_USD
                     team.set_budget(limit, narrow_id)
                 found = look(team)
             except SQLAlchemyError:
