@@ -7,7 +7,6 @@ whatever was sent upstream is read to its end and booked.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -60,8 +59,11 @@ PATHS = {"generation": "/images/generations", "edit": "/images/edits"}
 # waiting until it breaks off itself.
 STALLED_SECONDS = 60
 
-# The answer's end waits this long for the books, so that whoever has an answer finds it in them. Beyond that the client
-# is not kept waiting for a database that is away; the booking goes on.
+# A ledger that has not held the amount by then is away, whatever it does later.
+HELD_SECONDS_MAX = 5
+
+# The answer's end waits this long for the books, so that whoever has an answer finds it in them. Beyond that the outcome
+# is made safe in the journal, and the client is not kept waiting for a database that is away.
 BOOKED_FIRST_SECONDS = 0.5
 
 # An upstream's refusal of the organisation's key is read to its end, so that the connection can be used again, up to this.
@@ -126,6 +128,11 @@ class Client:
         self._writing_since: float | None = None
         self._broken = False
         self.started = False
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client is known to have left."""
+        return self._link is not None and self._link.gone
 
     async def start(self, status: int, head: headers.Headers) -> None:
         self.started = True
@@ -208,6 +215,9 @@ class Exchange:
     async def run(self) -> None:
         """Hold, send, relay, book. Returns when the charge is in the books, or with a refusal when nothing was held."""
         try:
+            if self._client.gone:
+                self._desk.metrics.refusals.labels(self._request.holder.team, "client_gone").inc()
+                return
             decision = await self._reserve()
             if isinstance(decision, Admitted):
                 await self._carry_out(decision)
@@ -229,22 +239,14 @@ class Exchange:
             timeout_seconds=self._desk.timeout_seconds,
             repeat=request.repeat,
         )
-        answer = self._desk.teller.reserve(job)
         try:
-            return await asyncio.shield(answer)
-        except LedgerDown:
+            # Whatever ends the waiting withdraws the reservation.
+            async with asyncio.timeout(HELD_SECONDS_MAX):
+                return await self._desk.teller.reserve(job)
+        except (LedgerDown, TimeoutError):
             return LedgerUnavailable()
-        except asyncio.CancelledError:
-            await self._undo(answer)
-            raise
         finally:
             self._desk.metrics.overhead.labels("reserve").observe(time.perf_counter() - started)
-
-    async def _undo(self, answer: asyncio.Future[Decision]) -> None:
-        """The process ends before anything was sent: what is being held is let go, once it is held."""
-        with contextlib.suppress(LedgerDown):
-            if isinstance(await answer, Admitted):
-                await self._desk.teller.book(self._booking(unsent(self._request.order), Delivery()))
 
     async def _carry_out(self, admitted: Admitted) -> None:
         """From here on the charge is in the books as forwarded: every way out of this function books its end."""
@@ -252,7 +254,11 @@ class Exchange:
         inflight.inc()
         cancelled: BaseException | None = None
         try:
-            await self._converse(admitted)
+            if self._client.gone:
+                # It left while the hold was made. Nothing has been sent, so nothing has to be paid.
+                self._seen.reached = False
+            else:
+                await self._converse(admitted)
         except asyncio.CancelledError as error:  # The process ends: what is known by now is booked first.
             cancelled = error
         except Exception:
@@ -262,6 +268,8 @@ class Exchange:
         booked = self._desk.teller.book(booking)
         self._count(booking)
         await asyncio.wait((booked,), timeout=BOOKED_FIRST_SECONDS)
+        if not booked.done():
+            await self._desk.teller.secure(booking)
         await self._end(outcome, delivery)
         if self._watch is not None:
             self._watch.cancel()
@@ -307,7 +315,7 @@ class Exchange:
         :meth:`_end`."""
         head = headers.to_client(answer.headers)
         tap = self._seen.tap = open_tap(headers.value(head, b"content-type"), headers.value(head, b"content-encoding"))
-        # The body of a 401 can echo the organisation's key.
+        # The body of a 401 can echo the organisation's key. It is read all the same, so that the connection can be used again.
         shown = answer.status != 401
         if shown:
             await self._client.start(answer.status, [*head, *self._own_headers(admitted)])
@@ -365,7 +373,8 @@ class Exchange:
         """Let the client have the end that the upstream's answer had: a whole one, a broken one, or a refusal of ours."""
         seen = self._seen
         if not self._client.started:
-            await self._refuse(self._failure())
+            if not self._client.gone:
+                await self._refuse(self._failure())
         elif seen.ended_properly or self._looks_whole(outcome, delivery):
             await self._client.finish(seen.last_piece)
         else:

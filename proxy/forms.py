@@ -173,6 +173,8 @@ class Form:
             self.found.append(Field(head.name, head.has_filename, bytes(self._value), self._value_start, end))
 
 
+_charset = re.compile(r"charset\s*=\s*\"?([^\s;\"]+)", re.IGNORECASE)
+
 _Step: TypeAlias = Callable[[Form, bytes, int], int | None]
 
 
@@ -202,6 +204,10 @@ def _read_headers(block: bytes, watch: Mapping[str, int]) -> _Head:
     if "content-disposition" not in headers:
         raise FormError("a part has no Content-Disposition header")
     field, has_filename = _read_disposition(headers["content-disposition"], watch)
+    # Some readers decode a field by its own charset, or all of them by the one that this field names.
+    charset = _charset.search(headers.get("content-type", ""))
+    if field == "_charset_" or (field in watch and charset is not None and charset[1].lower() not in ("utf-8", "us-ascii")):
+        raise FormError("a field in another character set than UTF-8")
     return _Head(field, has_filename, _read_length(headers.get("content-length")))
 
 

@@ -80,7 +80,7 @@ class Gateway:
             request_id=request_id,
             holder=holder,
             reading=reading,
-            hold_micro_usd=self._desk.card.hold(reading.order),
+            hold_micro_usd=self._desk.card.hold(reading.dearest),
             query=scope["query_string"],
             headers=scope["headers"],
             body=body,

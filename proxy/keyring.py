@@ -21,6 +21,10 @@ from proxy.ledger.engine import Database
 REMEMBERED_MAX = 10_000
 
 
+# A ledger that has not said by then whose key it is, is away.
+ANSWER_SECONDS_MAX = 5
+
+
 class Keyring:
     """The keys that were seen lately, and the ledger behind them."""
 
@@ -54,8 +58,9 @@ class Keyring:
             task = self._asking[digest] = asyncio.create_task(self._look_up(digest))
             task.add_done_callback(lambda _: self._asking.pop(digest, None))
         try:
-            return await asyncio.shield(task)
-        except (SQLAlchemyError, OSError) as error:
+            async with asyncio.timeout(ANSWER_SECONDS_MAX):
+                return await asyncio.shield(task)
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
             raise LedgerUnavailable from error
 
     async def _look_up(self, digest: bytes) -> KeyHolder | None:

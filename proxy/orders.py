@@ -33,14 +33,14 @@ VALUE_BYTES_MAX = 1_024
 ECHO_CHARACTERS_MAX = 64
 
 # The fields that set the price, in the order in which they are checked.
-_READ = ("model", "size", "quality", "n", "stream")
+READ_FIELDS = ("model", "size", "quality", "n", "stream")
 
 # Some JSON readers, Go's among them, take a name in any case, and the long s for an s. To them {"n": 1, "N": 10} asks for
 # ten images. Such a name is an unknown field and passes, but what it may mean is held: the dearest.
 _LIKE = {"s": "sS\u017f"}
 _SPELLINGS: Mapping[str, str] = {
     "".join(letters): name
-    for name in _READ
+    for name in READ_FIELDS
     for letters in product(*(_LIKE.get(letter, letter + letter.upper()) for letter in name))
 }
 _WATCH = Watch({(spelling,): VALUE_BYTES_MAX for spelling in _SPELLINGS})
@@ -66,10 +66,14 @@ class Splice:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a body asks for, and the change it needs before it goes upstream."""
+    """What a body asks for, and the change it needs before it goes upstream.
+
+    ``dearest`` is what it can mean at most to another reader, and what is held; nearly always the order itself.
+    """
 
     order: Order
     splice: Splice | None
+    dearest: Order
 
 
 class OrderReader(Protocol):
@@ -98,7 +102,7 @@ def open_order(
     clerk = _Clerk(operation, card, aliases)
     if media_type == "application/json" and _is_utf8(parameters):
         return _JsonOrder(clerk)
-    if media_type == "multipart/form-data" and operation == "edit":
+    if media_type == "multipart/form-data" and operation == "edit" and (parameters is None or _is_utf8(parameters)):
         return _FormOrder(clerk, _boundary(parameters))
     raise _unsupported(operation)
 
@@ -119,17 +123,17 @@ class _JsonOrder:
             self._skim.end()
         except SkimError as error:
             raise _invalid_json(error) from None
-        exact = [found for found in self._skim.found if found.path[0] in _READ]
+        exact = [found for found in self._skim.found if found.path[0] in READ_FIELDS]
         reading = self._clerk.read(((found.path[0], _said_in_json(found)) for found in exact), _JSON_SWITCH)
-        doubtful = {_SPELLINGS[found.path[0]] for found in self._skim.found if found.path[0] not in _READ}
-        return reading if not doubtful else Reading(_at_its_dearest(reading.order, doubtful), reading.splice)
+        doubtful = {_SPELLINGS[found.path[0]] for found in self._skim.found if found.path[0] not in READ_FIELDS}
+        return reading if not doubtful else self._clerk.doubt(reading, doubtful)
 
 
 class _FormOrder:
     def __init__(self, clerk: _Clerk, boundary: bytes) -> None:
         self._clerk = clerk
         try:
-            self._form = Form(boundary, dict.fromkeys(_READ, VALUE_BYTES_MAX))
+            self._form = Form(boundary, dict.fromkeys(READ_FIELDS, VALUE_BYTES_MAX))
         except FormError as error:
             raise _invalid_multipart(error) from None
 
@@ -209,7 +213,22 @@ class _Clerk:
         quality = self._quality(said.get("quality"), prices)
         n = _count(said.get("n"))
         stream = _switched(said.get("stream"), switch)
-        return Reading(Order(self.operation, prices.name, size, quality, n, stream), splice)
+        order = Order(self.operation, prices.name, size, quality, n, stream)
+        return Reading(order, splice, dearest=order)
+
+    def doubt(self, reading: Reading, doubtful: Collection[str]) -> Reading:
+        """The same reading, held at the dearest that it can mean to another reader of the ``doubtful`` fields."""
+        if "model" in doubtful and len(self.card.models) > 1:
+            # No answer tells which model made the image.
+            raise DuplicateParameter("model")
+        order = reading.order
+        dearest = replace(
+            order,
+            size=AUTO if "size" in doubtful else order.size,
+            quality=AUTO if "quality" in doubtful else order.quality,
+            n=max(_COUNTS.values()) if "n" in doubtful else order.n,
+        )
+        return replace(reading, dearest=dearest)
 
     def _model(self, said: _Said | None) -> ModelPrices:
         if said is None:
@@ -250,20 +269,10 @@ def _each_once(fields: Iterable[tuple[str, _Said | None]]) -> dict[str, _Said | 
         if name in said:
             twice.add(name)
         said[name] = value
-    for name in _READ:
+    for name in READ_FIELDS:
         if name in twice:
             raise DuplicateParameter(name)
     return said
-
-
-def _at_its_dearest(order: Order, doubtful: Collection[str]) -> Order:
-    """The order as the dearest that it can mean to another reader of these fields."""
-    return replace(
-        order,
-        size=AUTO if "size" in doubtful else order.size,
-        quality=AUTO if "quality" in doubtful else order.quality,
-        n=max(_COUNTS.values()) if "n" in doubtful else order.n,
-    )
 
 
 def _count(said: _Said | None) -> int:

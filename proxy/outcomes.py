@@ -69,6 +69,6 @@ def _released(order: Order, reason: str) -> Outcome:
 
 def _review(order: Order, hold_micro_usd: int, known: Charge, reason: str) -> Outcome:
     # The hold is n equal shares: those of the images that were seen are settled, the others stay held.
-    still_held = hold_micro_usd // order.n * (order.n - known.images)
+    still_held = hold_micro_usd * (order.n - known.images) // order.n
     basis = known.basis if known.images else None
     return Outcome("review", known.micro_usd, still_held, known.images, known.size, known.quality, basis, reason)

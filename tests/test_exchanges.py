@@ -688,9 +688,10 @@ def test_clients_that_leave_right_after_sending(stage: tuple[LiveGateway, Script
         leave(client, manner)
 
     def over() -> int | None:
-        refused = gateway.metric(f'beanmeter_refusals_total{{code="incomplete_body",team="{team.name}"}}')
+        unheld = ("incomplete_body", "client_gone")
+        refused = sum(gateway.metric(f'beanmeter_refusals_total{{code="{code}",team="{team.name}"}}') for code in unheld)
         states = Counter(charge["state"] for charge in team.charges())
-        return states["settled"] if states["settled"] + refused == 30 else None
+        return states["settled"] if states["settled"] + states["released"] + refused == 30 else None
 
     paid = wait_for(over)
     assert len(upstream.requests) - requests == paid

@@ -39,7 +39,7 @@ def sent(headers: Pairs) -> Pairs:
         [(b"content-type", b"application/json"), (b"accept", b"*/*")],
         [(b"x-b", b"2"), (b"x-a", b"1"), (b"x-b", b"1"), (b"x-b", b"2")],
         [(b"x-stainless-lang", b"python"), (b"x-stainless-retry-count", b"1"), (b"user-agent", b"OpenAI/Python 3.54")],
-        [(b"idempotency-key", b"a"), (b"openai-organization", b"org"), (b"x-request-id", b"mine"), (b"x-empty", b"")],
+        [(b"openai-organization", b"org"), (b"x-request-id", b"mine"), (b"x-empty", b"")],
         [(b"forwarded", b"for=1.2.3.4"), (b"traceparent", b"00-1-2-01"), (b"x-latin", b"\xe9")],
     ],
 )

@@ -94,7 +94,7 @@ def order(
 )
 def test_json(members: str, expected: Order) -> None:
     for body in (f"{{{MODEL}{members}}}", f" {{\n\t{MODEL}{members.replace(':', ' : ')}\r\n}} "):
-        assert read_all(body.encode()) == Reading(expected, None)
+        assert read_all(body.encode()) == Reading(expected, None, expected)
 
 
 @pytest.mark.parametrize("n", range(1, 11))
@@ -115,8 +115,8 @@ def test_every_count(n: int) -> None:
     ],
 )
 def test_multipart(fields: dict[str, str], expected: Order) -> None:
-    assert read_all(form(model="gpt-image-2", **fields), FORM) == Reading(expected, None)
-    assert read_all(form(**fields, model="gpt-image-2"), FORM) == Reading(expected, None)
+    assert read_all(form(model="gpt-image-2", **fields), FORM) == Reading(expected, None, expected)
+    assert read_all(form(**fields, model="gpt-image-2"), FORM) == Reading(expected, None, expected)
 
 
 def test_multipart_fields_that_follow_an_image() -> None:
@@ -129,7 +129,8 @@ def test_multipart_fields_that_follow_an_image() -> None:
     ("model", "size", "quality"), [("small", "512x512", "draft"), ("gröss", "1024x1024", "fine"), ("small", "auto", "fine")]
 )
 def test_each_model_has_its_own_sizes_and_qualities(model: str, size: str, quality: str) -> None:
-    expected = Reading(order(size, quality, model=model), None)
+    asked = order(size, quality, model=model)
+    expected = Reading(asked, None, asked)
     fields = {"model": model, "size": size, "quality": quality}
     assert read_all(json.dumps(fields).encode(), card=TWO_MODELS) == expected
     assert read_all(json.dumps(fields, ensure_ascii=False).encode(), card=TWO_MODELS) == expected
@@ -662,9 +663,8 @@ def test_what_the_python_sdk_sends(
     content_types, body = recorder.requests.pop()
     assert len(content_types) == 1
     reading = read_all(body, content_types[0], operation=operation)
-    assert reading == Reading(
-        Order(operation, expected.model, expected.size, expected.quality, expected.n, expected.stream), None
-    )
+    read = Order(operation, expected.model, expected.size, expected.quality, expected.n, expected.stream)
+    assert reading == Reading(read, None, read)
 
 
 def test_what_the_node_sdk_sends() -> None:
@@ -776,5 +776,6 @@ SIZE = "1024x1024"
 def test_a_name_that_another_reader_would_take_for_ours_is_held_at_its_dearest(fields: str, held: tuple[str, str, int]) -> None:
     reader = open_order("generation", [b"application/json"], [], shipped_card(), {})
     reader.feed(f'{{"model": "gpt-image-2", "size": "{SIZE}", "quality": "low", {fields}}}'.encode())
-    order = reader.finish().order
-    assert (order.size, order.quality, order.n) == held
+    reading = reader.finish()
+    assert (reading.order.size, reading.order.quality, reading.order.n) == (SIZE, "low", 1)
+    assert (reading.dearest.size, reading.dearest.quality, reading.dearest.n) == held

@@ -162,11 +162,20 @@ def rotate_key(connection: Connection, key_id: str, *, overlap: timedelta, now: 
         raise AccountError(f"key {key_id} has been rotated already; rotate its successor {old.successor_id}")
     lifetime = None if old.expires_at is None else old.expires_at - old.created_at
     new = add_key(connection, team.name, name=old.name, lifetime=lifetime, now=now, actor=actor)
+    _pass_on(connection, team, old.id, new.id, now, actor)
     end = now + overlap if old.expires_at is None else min(now + overlap, old.expires_at)
     before = _key_view(old, team.name)
     connection.execute(keys.update().where(keys.c.id == key_id).values(expires_at=end, successor_id=new.id))
     record(connection, "key.rotate", key_id, before, before | {"expires_at": end}, now, actor)
     return new
+
+
+def _pass_on(connection: Connection, team: Row[Any], old_id: str, new_id: str, now: datetime, actor: str) -> None:
+    """Give a key's budgets and limits to its successor as well: a rotation is no way out of them."""
+    for row in connection.execute(select(budgets).where(budgets.c.key_id == old_id)).all():
+        set_budget(connection, team.name, new_id, row.period, row.limit_micro_usd, soft=row.soft, now=now, actor=actor)
+    for row in connection.execute(select(limits).where(limits.c.key_id == old_id)).all():
+        set_limit(connection, team.name, new_id, rpm=row.rpm, concurrency=row.concurrency, now=now, actor=actor)
 
 
 def list_keys(connection: Connection, team_name: str | None = None) -> list[dict[str, Any]]:

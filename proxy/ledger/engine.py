@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
@@ -43,6 +45,15 @@ class Database:
         """A consistent view for reading."""
         with self._reader.begin() as connection:
             yield connection
+
+    def interrupt(self, connection: Connection) -> None:
+        """End the network connection of a transaction that another thread waits in; it fails there. Without effect on
+        SQLite, where no server can freeze."""
+        if self.dialect == "postgresql":
+            driver: Any = connection.connection.driver_connection
+            # It may have ended by itself meanwhile, and the driver has its own error for that.
+            with suppress(Exception), socket.socket(fileno=os.dup(driver.pgconn.socket)) as duplicate:
+                duplicate.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Give all connections back. None may be in use."""

@@ -16,6 +16,7 @@ import structlog
 from sqlalchemy import Connection, Row, and_, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from proxy.ledger.accounts import record
 from proxy.ledger.decisions import Booking
 from proxy.ledger.engine import Database
 from proxy.ledger.journal import abandoned
@@ -82,7 +83,17 @@ class Sweeper:
         await asyncio.gather(*(self._teller.book(overdue_booking(row)) for row in rows))
         for row in rows:
             log.warning("charge_swept", charge=row.id, was=row.state)
+        expired = [row for row in rows if row.state == "review"]
+        if expired:
+            await asyncio.to_thread(self._record, expired)
         return len(rows)
+
+    def _record(self, expired: list[Row[Any]]) -> None:
+        with self._database.writing() as connection:
+            for row in expired:
+                before = {"settled_micro_usd": row.settled_micro_usd, "reserved_micro_usd": row.reserved_micro_usd}
+                after = {"settled_micro_usd": row.settled_micro_usd + row.reserved_micro_usd, "basis": "expired"}
+                record(connection, "review.expire", row.id, before, after, self._clock(), "sweep")
 
     def _read(self, now: datetime) -> list[Row[Any]]:
         with self._database.reading() as connection:

@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import Literal, Protocol
 
 import structlog
+from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from proxy.ledger.books import post
@@ -32,6 +33,10 @@ BATCH_JOBS_MAX = 256
 
 # Beyond this many waiting reservations an answer would come too late to be of use.
 WAITING_MAX = 10_000
+
+# A transaction takes milliseconds. One that takes this long waits for a server that has frozen without closing its
+# connections, which no time limit of the server's own can end.
+FROZEN_SECONDS = 20.0
 
 # Bookings that could not be written are tried again at these intervals, for as long as the process lives.
 RETRY_SECONDS_FIRST = 0.1
@@ -106,6 +111,12 @@ class Teller:
         self._observer = observer
         self._waiting: queue.SimpleQueue[_Reserve | _Book | None] = queue.SimpleQueue()
         self._unwritten: deque[_Book] = deque()
+        # What was handed in to be booked and is not committed yet, by charge.
+        self._unbooked_yet: dict[str, _Book] = {}
+        # The journal is written here, and in another thread for whoever can't wait for this one.
+        self._journal_lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._writing_since = float("inf")
         self._retry_at = 0.0
         self._retry_seconds = RETRY_SECONDS_FIRST
         self._closing = False
@@ -116,12 +127,13 @@ class Teller:
         """Start the thread; call from the event loop whose futures it will answer."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._watch()
 
     def reserve(self, job: Reservation) -> asyncio.Future[Decision]:
         """Hold the amount against every budget that applies, and mark the charge as forwarded, in one commit.
 
-        The future raises :class:`LedgerDown`. The job is carried out even if nobody awaits it any more, so await it where
-        nothing cancels.
+        The future raises :class:`LedgerDown`. Cancelling it withdraws the job: nothing stays held, whether it had been
+        committed by then or not.
         """
         item = _Reserve(job, self._loop.create_future())
         if self._closing or self._waiting.qsize() > WAITING_MAX:
@@ -133,8 +145,13 @@ class Teller:
     def book(self, job: Booking) -> asyncio.Future[None]:
         """Write the end of an exchange; the future is done once it is committed, or safe in the journal until it can be."""
         answer: asyncio.Future[None] = self._loop.create_future()
-        self._waiting.put(_Book(job, answer))
+        item = self._unbooked_yet[job.charge_id] = _Book(job, answer)
+        self._waiting.put(item)
         return answer
+
+    async def secure(self, job: Booking) -> None:
+        """Write a booking that takes its time to the journal now, beside the thread that may be stuck with it."""
+        await asyncio.to_thread(self._secure, job)
 
     @property
     def unwritten(self) -> int:
@@ -146,6 +163,7 @@ class Teller:
         self._give_up_at = time.monotonic() + timeout_seconds
         self._closing = True
         self._waiting.put(None)
+        self._watching.cancel()
         await asyncio.to_thread(self._thread.join, timeout_seconds + 1)
         if self._journal is not None:
             self._journal.close()
@@ -172,7 +190,8 @@ class Teller:
         try:
             item = self._waiting.get(timeout=self._patience())
             while item is not None:
-                batch.add(item)
+                if not (isinstance(item, _Reserve) and item.answer.cancelled()):
+                    batch.add(item)
                 if len(batch.reserves) + len(batch.books) >= BATCH_JOBS_MAX:
                     break
                 item = self._waiting.get_nowait()
@@ -190,9 +209,11 @@ class Teller:
 
     def _write(self, batch: _Batch, *, again: bool = True) -> None:
         started = time.perf_counter()
+        self._writing_since = time.monotonic()
         committing = False
         try:
             with self._database.writing() as connection:
+                self._connection = connection
                 reservations = [item.job for item in batch.reserves]
                 decisions = post(connection, reservations, [item.job for item in batch.books], self._clock())
                 committing = True
@@ -210,10 +231,17 @@ class Teller:
             self._write_singly(batch, error)
         else:
             self._retry_seconds = RETRY_SECONDS_FIRST
+            for item in batch.books:
+                self._unbooked_yet.pop(item.job.charge_id, None)
+            withdrawn = [item for item in batch.reserves if item.answer.cancelled()]
+            self._unwritten.extend(_void(item.job) for item in withdrawn)
             self._answer(batch, decisions)
             seconds = time.perf_counter() - started
             for step in batch.steps:
                 self._tell(self._observer.committed, step, seconds)
+        finally:
+            self._connection = None
+            self._writing_since = float("inf")
 
     def _tell(self, observe: Callable[..., None], *what: object) -> None:
         try:
@@ -223,13 +251,16 @@ class Teller:
             log.exception("not_observed")
 
     def _answer(self, batch: _Batch, decisions: Sequence[Decision]) -> None:
-        answers = [(item.answer, decision) for item, decision in zip(batch.reserves, decisions, strict=True)]
+        answers = list(zip(batch.reserves, decisions, strict=True))
         done = [item.answer for item in batch.books if item.answer is not None]
 
         def deliver() -> None:
-            for future, decision in answers:
-                if not future.done():
-                    future.set_result(decision)
+            for item, decision in answers:
+                if item.answer.cancelled():
+                    # Withdrawn since the commit; once more does no harm.
+                    self._waiting.put(_void(item.job))
+                elif not item.answer.done():
+                    item.answer.set_result(decision)
             for booked in done:
                 if not booked.done():
                     booked.set_result(None)
@@ -250,6 +281,8 @@ class Teller:
         for step in batch.steps:
             self._tell(self._observer.failed, step)
         self._refuse(batch.reserves)
+        for item in batch.books:
+            self._unbooked_yet.pop(item.job.charge_id, None)
         self._answer(_Batch(books=batch.books), [])
 
     def _fail(self, batch: _Batch, error: Exception, *, committing: bool) -> None:
@@ -260,9 +293,7 @@ class Teller:
         if committing:
             # The commit may have happened though its answer was lost. Nothing is sent for these reservations, so
             # whatever of them is in the books is released once the database is back.
-            self._unwritten.extend(
-                _Book(Booking(item.job.charge_id, item.job.team_id, unsent(item.job.order))) for item in batch.reserves
-            )
+            self._unwritten.extend(_void(item.job) for item in batch.reserves)
         self._retry_at = time.monotonic() + self._retry_seconds
         self._retry_seconds = min(RETRY_SECONDS_MAX, 2 * self._retry_seconds)
         self._refuse(batch.reserves)
@@ -274,24 +305,40 @@ class Teller:
         new = [item for item in self._unwritten if not item.journaled]
         if self._journal is None or not new:
             return
+        with self._journal_lock:
+            self._journalise(new)
+
+    def _secure(self, job: Booking) -> None:
+        with self._journal_lock:
+            item = self._unbooked_yet.get(job.charge_id)
+            if self._journal is not None and item is not None and not item.journaled:
+                self._journalise([item])
+
+    def _journalise(self, items: Sequence[_Book]) -> None:
+        assert self._journal is not None
         try:
-            self._journal.write([item.job for item in new])
+            self._journal.write([item.job for item in items])
         except OSError as error:
             # They are still in memory, and their exchanges wait on.
-            log.critical("journal_not_written", outcomes=len(new), cause=error.strerror)
+            log.critical("journal_not_written", outcomes=len(items), cause=error.strerror)
             return
-        for item in new:
+        for item in items:
             item.journaled = True
-        self._answer(_Batch(books=new), [])
+        self._answer(_Batch(books=list(items)), [])
 
     def _clear_journal(self) -> None:
-        if self._journal is None or self._journal.empty or self._unwritten:
+        if self._journal is None:
             return
-        try:
-            self._journal.clear()
-        except OSError as error:
-            # A replay of what is booked changes nothing.
-            log.error("journal_not_cleared", cause=error.strerror)
+        with self._journal_lock:
+            # The list is a copy: jobs are handed in meanwhile.
+            waiting = self._unwritten or any(item.journaled for item in list(self._unbooked_yet.values()))
+            if self._journal.empty or waiting:
+                return
+            try:
+                self._journal.clear()
+            except OSError as error:
+                # A replay of what is booked changes nothing.
+                log.error("journal_not_cleared", cause=error.strerror)
         self._tell(self._unbooked, 0)
 
     def _refuse(self, reserves: Sequence[_Reserve]) -> None:
@@ -305,6 +352,13 @@ class Teller:
         if futures:
             self._call(deliver)
 
+    def _watch(self) -> None:
+        """On the loop: let go of a server that has frozen in the middle of a transaction."""
+        if time.monotonic() - self._writing_since > FROZEN_SECONDS and self._connection is not None:
+            log.error("ledger_frozen", seconds=FROZEN_SECONDS)
+            self._database.interrupt(self._connection)
+        self._watching = self._loop.call_later(1.0, self._watch)
+
     def _call(self, deliver: Callable[[], None]) -> None:
         try:
             self._loop.call_soon_threadsafe(deliver)
@@ -317,6 +371,11 @@ class Teller:
             log.critical(
                 "booking_lost", charge=item.job.charge_id, state=outcome.state, settled_micro_usd=outcome.settled_micro_usd
             )
+
+
+def _void(job: Reservation) -> _Book:
+    """Lets go what may be held for a request that is not sent."""
+    return _Book(Booking(job.charge_id, job.team_id, unsent(job.order)))
 
 
 def _ids(batch: _Batch) -> list[str]:

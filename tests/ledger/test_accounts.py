@@ -370,6 +370,7 @@ def test_every_change_leaves_what_was_before_and_after(ledger: Ledger) -> None:
         ("limit.set", "red", three, both),
         ("limit.remove", "red", both, None),
         ("key.add", new.id, None, other),
+        ("budget.set", f"red/{new.id}", None, nine),
         ("key.rotate", account.key_id, key, key | {"expires_at": soon}),
         ("key.revoke", new.id, other, other | {"revoked_at": noon}),
         ("team.archive", "red", team, team | {"archived_at": noon}),

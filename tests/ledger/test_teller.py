@@ -383,7 +383,7 @@ def test_a_job_is_carried_out_after_its_loop_has_closed(ledger: Ledger, account:
     assert states(ledger) == {job.charge_id: "settled", later.charge_id: "forwarded"}
 
 
-def test_a_waiter_that_leaves_changes_nothing(ledger: Ledger, account: Account) -> None:
+def test_a_booking_is_written_and_a_reservation_withdrawn_when_nobody_waits_any_more(ledger: Ledger, account: Account) -> None:
     jobs = [reservation(account) for _ in range(3)]
     ledger.post(jobs[:1])
 
@@ -399,4 +399,42 @@ def test_a_waiter_that_leaves_changes_nothing(ledger: Ledger, account: Account) 
             assert log.failures == []
 
     asyncio.run(scenario())
-    assert list(states(ledger).values()) == ["settled", "forwarded", "forwarded"]
+    assert list(states(ledger).values()) == ["settled", "forwarded"]
+
+
+def test_a_reservation_withdrawn_while_it_is_committed_holds_nothing(ledger: Ledger, account: Account) -> None:
+    job = reservation(account)
+
+    async def scenario() -> None:
+        async with at_work(ledger.url) as (teller, _):
+            with ledger.database.writing() as connection:
+                lock_teams(connection, [account.team_id])
+                held = teller.reserve(job)
+                # By now the teller has taken the job, and waits for the team.
+                await asyncio.sleep(0.2)
+                assert held.cancel()
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["released"]
+
+
+def test_a_booking_that_takes_its_time_is_made_safe_beside_it(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    job = reservation(account)
+    ledger.post([job])
+
+    async def scenario() -> None:
+        teller = Teller(ledger.database, lambda: NOON, Log(), Journal(tmp_path / "journal"))
+        teller.start()
+        with Database(ledger.url).writing() as connection:
+            lock_teams(connection, [account.team_id])
+            booked = teller.book(settled(job))
+            await teller.secure(settled(job))
+            await booked
+            (file,) = (tmp_path / "journal").iterdir()
+            assert job.charge_id.encode() in file.read_bytes()
+            assert list(states(ledger).values()) == ["forwarded"]
+        await teller.close(30)
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["settled"]
+    assert list((tmp_path / "journal").iterdir()) == [], "what is booked waits no longer"
