@@ -337,3 +337,26 @@ def test_what_is_taken_is_the_same_form_to_other_readers(opening: bytes, inside:
 )
 def test_forms_read_by_three_readers(body: bytes) -> None:
     assert brief(read(body)) == by_library(body) == by_mail_reader(body)
+
+
+@pytest.mark.parametrize(
+    ("name", "content_type", "read"),
+    [
+        ("n", "text/plain", True),
+        ("n", "text/plain; charset=utf-8", True),
+        ("n", 'text/plain; charset="US-ASCII"', True),
+        ("n", "text/plain; charset=utf-7", False),
+        ("n", "text/plain; Charset = UTF-16", False),
+        ("image", "text/plain; charset=utf-16", True),
+        ("_charset_", "text/plain", False),
+    ],
+)
+def test_a_field_that_other_readers_would_decode_differently_is_refused(name: str, content_type: str, read: bool) -> None:
+    part = f'--B\r\nContent-Disposition: form-data; name="{name}"\r\nContent-Type: {content_type}\r\n\r\n1\r\n--B--\r\n'
+    form = Form(b"B", {"n": 8})
+    if read:
+        form.feed(part.encode())
+        form.end()
+    else:
+        with pytest.raises(FormError, match="character set"):
+            form.feed(part.encode())

@@ -779,3 +779,19 @@ def test_a_name_that_another_reader_would_take_for_ours_is_held_at_its_dearest(f
     reading = reader.finish()
     assert (reading.order.size, reading.order.quality, reading.order.n) == (SIZE, "low", 1)
     assert (reading.dearest.size, reading.dearest.quality, reading.dearest.n) == held
+
+
+def test_a_form_in_another_character_set_is_not_read() -> None:
+    with pytest.raises(Refusal) as refused:
+        open_order("edit", [b"multipart/form-data; boundary=B; charset=utf-7"], [], shipped_card(), {})
+    assert (refused.value.status, refused.value.code) == (415, "unsupported_media_type")
+
+
+def test_with_several_models_a_doubtful_model_is_refused() -> None:
+    table = 'qualities = ["low"]\nusd_per_image = { 512x512 = { low = "%s" } }\n'
+    card = parse_card(f'version = "1"\n[models.cheap]\n{table % "0.01"}[models.dear]\n{table % "5"}')
+    reader = open_order("generation", [b"application/json"], [], card, {})
+    reader.feed(b'{"model": "cheap", "Model": "dear"}')
+    with pytest.raises(Refusal) as refused:
+        reader.finish()
+    assert (refused.value.code, refused.value.param) == ("duplicate_parameter", "model")
