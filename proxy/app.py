@@ -158,7 +158,7 @@ class Application:
             yield
         finally:
             self._sweeping.cancel()
-            await self._noting
+            await asyncio.gather(self._sweeping, self._noting, return_exceptions=True)
             # Exchanges first, for they book; the teller next, for it writes; then what both used.
             for finishing in self._finishing.values():
                 finishing.cancel()

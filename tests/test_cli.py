@@ -257,6 +257,7 @@ def test_an_account_from_its_first_day_to_its_last(run: Run, books: Ledger) -> N
         *["budget.set"] * 3,
         "budget.remove",
         "key.add",
+        "budget.set",
         "key.rotate",
         "key.revoke",
         "team.archive",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy import Connection, Row, and_, or_, select
@@ -35,6 +35,11 @@ SETTLED_IN_SECONDS = 10
 
 # A batch of this many is booked before the next is read.
 FOUND_MAX = 1_000
+
+# What a read may take when the process ends; a database that hangs is not waited for.
+THREAD_SECONDS = 5
+
+Answer = TypeVar("Answer")
 
 log = structlog.get_logger(__name__)
 
@@ -75,7 +80,7 @@ class Sweeper:
     async def sweep(self) -> int:
         """End what is overdue; how many charges that were."""
         now = self._clock()
-        rows = await asyncio.to_thread(self._read, now)
+        rows = await _in_thread(self._read, now)
         if self._reachable_since is None:
             self._reachable_since = time.monotonic()
         if time.monotonic() - self._reachable_since < SETTLED_IN_SECONDS:
@@ -85,7 +90,7 @@ class Sweeper:
             log.warning("charge_swept", charge=row.id, was=row.state)
         expired = [row for row in rows if row.state == "review"]
         if expired:
-            await asyncio.to_thread(self._record, expired)
+            await _in_thread(self._record, expired)
         return len(rows)
 
     def _record(self, expired: list[Row[Any]]) -> None:
@@ -98,6 +103,16 @@ class Sweeper:
     def _read(self, now: datetime) -> list[Row[Any]]:
         with self._database.reading() as connection:
             return find_overdue(connection, now, self._review_time)
+
+
+async def _in_thread(work: Callable[..., Answer], *what: object) -> Answer:
+    """Like :func:`asyncio.to_thread`, but whoever cancels waits a while for the thread: it has the database in use."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *what))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,), timeout=THREAD_SECONDS)
+        raise
 
 
 def find_overdue(connection: Connection, now: datetime, review_time: timedelta) -> list[Row[Any]]:
