@@ -9,7 +9,8 @@ The rooms, from the ground up. A file imports only from floors below its own.
   bodies on disk, HTTP to one upstream
 - floor 4: ``ledger/``, ``upstream``, ``logs``, ``signals``, ``simulator/`` -- the database, the way to BeansAI, what the
   operating system tells, a BeansAI to try against
-- floor 5: ``metrics``, ``keyring``, ``admin`` -- what is counted, who is calling, what the operator sees
+- floor 5: ``metrics``, ``keyring``, ``refusals``, ``admin`` -- what is counted, who is calling, what a caller reads when the
+  ledger says no, what the operator sees
 - floor 6: ``exchange`` -- one exchange's life, from the hold to the books
 - floor 7: ``gateway``, ``endpoints`` -- from a client's request to an exchange, and what is asked with GET
 - floor 8: ``server``, ``supervisor`` -- the HTTP edge, and several processes behind one

@@ -158,7 +158,7 @@ class Application:
             yield
         finally:
             self._sweeping.cancel()
-            await asyncio.gather(self._sweeping, self._noting, return_exceptions=True)
+            await asyncio.wait((self._sweeping, self._noting), timeout=CLOSE_SECONDS)
             # Exchanges first, for they book; the teller next, for it writes; then what both used.
             for finishing in self._finishing.values():
                 finishing.cancel()
@@ -181,18 +181,19 @@ class Application:
 
     def _begin(self) -> None:
         self._shift = _Shift(self._terms, self._database, self._teller, self._metrics)
-        self._noting = asyncio.create_task(asyncio.to_thread(self._note_prices))
+        self._noting = asyncio.create_task(self._note_prices())
         sweeper = Sweeper(
             self._database, self._teller, utc_now, journals=self._journals, review_hours=self.settings.review_hours
         )
         self._sweeping = asyncio.create_task(sweeper.run())
 
-    def _note_prices(self) -> None:
+    async def _note_prices(self) -> None:
         """Leave a trace of which prices are in force since when."""
         card = self._terms.card
         try:
-            with self._database.writing() as connection:
-                note_prices(connection, card.version, card.fingerprint, now=utc_now(), actor="serve")
+            await self._database.change(
+                lambda connection: note_prices(connection, card.version, card.fingerprint, now=utc_now(), actor="serve")
+            )
         except (SQLAlchemyError, OSError) as error:
             # A gateway starts, and takes other prices, also while the ledger is away; the next start leaves the trace.
             log.warning("prices_not_noted", version=card.version, cause=type(error).__name__)

@@ -25,7 +25,8 @@ from proxy.ledger.accounts import NewKey, add_key, add_team, holder_of, list_key
 from proxy.ledger.books import post
 from proxy.ledger.decisions import Admitted, Booking, Reservation
 from proxy.ledger.engine import Database
-from proxy.ledger.migrate import mark, migrate, set_mark
+from proxy.ledger.marks import mark, set_mark
+from proxy.ledger.migrate import migrate
 from proxy.ledger.reports import list_budgets, spend
 from proxy.money import format_usd, parse_usd
 from proxy.outcomes import answered

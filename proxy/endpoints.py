@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -79,7 +78,7 @@ class _Endpoints:
 
     async def readyz(self, _request: Request) -> Response:
         try:
-            await asyncio.to_thread(require_current, self._database)
+            await self._database.ask(require_current)
         except (SQLAlchemyError, OSError, RuntimeError):
             return PlainTextResponse("the ledger can't be reached, or is not at this release's schema\n", 503)
         return PlainTextResponse("ok\n")
@@ -87,7 +86,7 @@ class _Endpoints:
     async def metrics_page(self, request: Request) -> Response:
         figures: Figures | None = None
         try:
-            figures = await asyncio.to_thread(self._read_figures)
+            figures = await self._database.ask(lambda connection: read_figures(connection, self._clock()))
         except (SQLAlchemyError, OSError):
             self._metrics.failed("read")
         page, content_type = self._metrics.page(request.headers.get("accept", ""), self._card.version, figures)
@@ -107,7 +106,9 @@ class _Endpoints:
     async def budget(self, request: Request) -> Response:
         caller = await self._caller(request)
         try:
-            budgets = await asyncio.to_thread(self._read_budgets, caller)
+            budgets = await self._database.ask(
+                lambda connection: list_budgets(connection, self._clock(), team=caller.team, key_id=caller.key_id)
+            )
         except (SQLAlchemyError, OSError) as error:
             raise LedgerUnavailable from error
         return JSONResponse({"team": caller.team, "key_id": caller.key_id, "budgets": [_budget(row) for row in budgets]})
@@ -140,14 +141,6 @@ class _Endpoints:
 
     async def _caller(self, request: Request) -> KeyHolder:
         return await self._keyring.holder(request.scope["headers"])
-
-    def _read_figures(self) -> Figures:
-        with self._database.reading() as connection:
-            return read_figures(connection, self._clock())
-
-    def _read_budgets(self, caller: KeyHolder) -> list[BudgetStatus]:
-        with self._database.reading() as connection:
-            return list_budgets(connection, self._clock(), team=caller.team, key_id=caller.key_id)
 
 
 def _text(header: tuple[bytes, bytes]) -> tuple[str, str]:

@@ -18,13 +18,7 @@ import structlog
 from proxy import headers
 from proxy.errors import (
     SOURCE_HEADER,
-    IdempotencyKeyInUse,
-    IdempotencyKeyMismatch,
-    IdempotencyKeyReused,
-    InsufficientQuota,
-    InvalidApiKey,
     LedgerUnavailable,
-    RateLimitExceeded,
     Refusal,
     UpstreamCredentials,
     UpstreamFailed,
@@ -35,11 +29,8 @@ from proxy.ledger.decisions import (
     Admitted,
     Booking,
     Decision,
-    OverBudget,
     Repeatable,
-    Repeated,
     Reservation,
-    TooFast,
 )
 from proxy.ledger.teller import LedgerDown, Teller
 from proxy.metrics import Metrics
@@ -47,6 +38,7 @@ from proxy.money import MICRO_PER_USD, format_usd
 from proxy.orders import Reading
 from proxy.outcomes import Outcome, answered, unanswered, unsent
 from proxy.prices import Order, PriceCard
+from proxy.refusals import refusal_of
 from proxy.spool import Spool, spliced_size
 from proxy.taps import Delivery, Tap, open_tap
 from proxy.upstream import Answer, BrokeOff, Unreachable, Upstream
@@ -59,15 +51,16 @@ PATHS = {"generation": "/images/generations", "edit": "/images/edits"}
 # waiting until it breaks off itself.
 STALLED_SECONDS = 60
 
+# After this share of an exchange's time its reader is no longer waited for: the rest is for reading the upstream to its
+# end. An answer that only its reader has slowed down would otherwise end in review.
+READER_SHARE = 0.75
+
 # A ledger that has not held the amount by then is away, whatever it does later.
 HELD_SECONDS_MAX = 5
 
 # The answer's end waits this long for the books, so that whoever has an answer finds it in them. Beyond that the outcome
 # is made safe in the journal, and the client is not kept waiting for a database that is away.
 BOOKED_FIRST_SECONDS = 0.5
-
-# An upstream's refusal of the organisation's key is read to its end, so that the connection can be used again, up to this.
-UNSHOWN_BYTES_MAX = 65_536
 
 log = structlog.get_logger(__name__)
 
@@ -222,7 +215,7 @@ class Exchange:
             if isinstance(decision, Admitted):
                 await self._carry_out(decision)
             else:
-                await self._refuse(_refusal(decision))
+                await self._refuse(refusal_of(decision))
         finally:
             self._request.body.close()
 
@@ -239,12 +232,18 @@ class Exchange:
             timeout_seconds=self._desk.timeout_seconds,
             repeat=request.repeat,
         )
+        answer = self._desk.teller.reserve(job)
         try:
-            # Whatever ends the waiting withdraws the reservation.
             async with asyncio.timeout(HELD_SECONDS_MAX):
-                return await self._desk.teller.reserve(job)
-        except (LedgerDown, TimeoutError):
+                return await answer
+        except LedgerDown:
             return LedgerUnavailable()
+        except TimeoutError:
+            self._desk.teller.withdraw(job, answer)
+            return LedgerUnavailable()
+        except asyncio.CancelledError:
+            self._desk.teller.withdraw(job, answer)
+            raise
         finally:
             self._desk.metrics.overhead.labels("reserve").observe(time.perf_counter() - started)
 
@@ -263,25 +262,34 @@ class Exchange:
             cancelled = error
         except Exception:
             log.exception("exchange_failed", request_id=self._request.request_id)
-        outcome, delivery = self._conclude()
+        try:
+            outcome, delivery = self._conclude()
+        except Exception:  # A reader that fails on an answer must not leave its charge open: a person looks at it.
+            log.exception("answer_not_read", request_id=self._request.request_id)
+            outcome, delivery = unanswered(self._request.order, self._request.hold_micro_usd), Delivery()
         booking = self._booking(outcome, delivery)
         booked = self._desk.teller.book(booking)
-        self._count(booking)
+        try:
+            self._count(booking)
+        except Exception:  # Such as a full disk under the metrics of several workers: the client still gets its end.
+            log.exception("exchange_not_counted", request_id=self._request.request_id)
         await asyncio.wait((booked,), timeout=BOOKED_FIRST_SECONDS)
         if not booked.done():
             await self._desk.teller.secure(booking)
-        await self._end(outcome, delivery)
-        if self._watch is not None:
-            self._watch.cancel()
-        inflight.dec()
+        try:
+            await self._end(outcome, delivery)
+        finally:
+            if self._watch is not None:
+                self._watch.cancel()
+            inflight.dec()
         await booked
         if cancelled is not None:
             raise cancelled
 
     async def _converse(self, admitted: Admitted) -> None:
         """Send the request and relay the answer, within the deadline of the whole exchange."""
-        self._watch_reader()
         self._sent_at = time.monotonic()
+        self._watch_reader()
         try:
             async with asyncio.timeout(self._desk.timeout_seconds):
                 self._seen.answer = await self._post()
@@ -315,10 +323,10 @@ class Exchange:
         :meth:`_end`."""
         head = headers.to_client(answer.headers)
         tap = self._seen.tap = open_tap(headers.value(head, b"content-type"), headers.value(head, b"content-encoding"))
-        # The body of a 401 can echo the organisation's key. It is read all the same, so that the connection can be used again.
-        shown = answer.status != 401
-        if shown:
-            await self._client.start(answer.status, [*head, *self._own_headers(admitted)])
+        # The body of a 401 can echo the organisation's key, and its status says all that the books need.
+        if answer.status == 401:
+            return
+        await self._client.start(answer.status, [*head, *self._own_headers(admitted)])
         operation = self._request.order.operation
         relayed, left = 0, answer.length
         async for piece in answer.pieces():
@@ -328,12 +336,9 @@ class Exchange:
             relayed += len(piece)
             if left is not None and relayed == left:
                 self._seen.last_piece = piece
-            elif shown:
+            else:
                 await self._client.write(piece)
-            elif relayed > UNSHOWN_BYTES_MAX:
-                break
-        else:
-            self._seen.ended = True
+        self._seen.ended = True
         self._desk.metrics.response_bytes.labels(operation).inc(relayed)
 
     def _own_headers(self, admitted: Admitted) -> list[tuple[bytes, bytes]]:
@@ -439,52 +444,16 @@ class Exchange:
         await refuse(self._client, refusal, request.request_id)
 
     def _watch_reader(self) -> None:
-        """Let a reader go that takes nothing any more; looks twice within the time that it is given."""
+        """Let a reader go that takes nothing any more, or too slowly for what is left of the time; looks twice within the
+        time that it is given."""
         patience = min(STALLED_SECONDS, self._desk.timeout_seconds / 4)
-        if self._client.stalled_for() > patience:
+        late = time.monotonic() - self._sent_at > READER_SHARE * self._desk.timeout_seconds
+        waited = self._client.stalled_for()
+        if waited > patience or (late and waited > 0):
             log.warning("reader_stalled", request_id=self._request.request_id)
             self._client.hang_up()
             return
         self._watch = self._loop.call_later(patience / 2, self._watch_reader)
-
-
-def _refusal(decision: Decision | LedgerUnavailable) -> Refusal:
-    if isinstance(decision, Refusal):
-        return decision
-    if isinstance(decision, OverBudget):
-        return InsufficientQuota(_over_budget(decision))
-    if isinstance(decision, TooFast):
-        return RateLimitExceeded(_too_fast(decision), decision.retry_after_seconds)
-    if isinstance(decision, Repeated):
-        return _repeated(decision)
-    return InvalidApiKey()
-
-
-def _over_budget(decision: OverBudget) -> str:
-    """What the caller needs to know to go on: whose budget, how much, what is left, what this costs, until when."""
-    period = "for all time" if decision.period == "total" else f"per {decision.period}"
-    reset = "" if decision.resets_at is None else f" It resets at {decision.resets_at:%Y-%m-%dT%H:%M:%SZ}."
-    return (
-        f"The {decision.scope}'s budget of ${format_usd(decision.limit_micro_usd)} {period} has "
-        f"${format_usd(max(0, decision.remaining_micro_usd))} left, and this request costs up to "
-        f"${format_usd(decision.cost_micro_usd)}. Nothing was sent upstream.{reset} "
-        "Ask for a smaller size, a lower quality or fewer images, or ask the operator for a larger budget."
-    )
-
-
-def _too_fast(decision: TooFast) -> str:
-    if decision.rpm is not None:
-        return f"The {decision.scope}'s limit of {decision.rpm} requests a minute is reached. Nothing was sent upstream."
-    return f"The {decision.scope}'s limit of {decision.concurrency} requests at a time is reached. Nothing was sent upstream."
-
-
-def _repeated(decision: Repeated) -> Refusal:
-    earlier = decision.earlier
-    if decision.other_body:
-        return IdempotencyKeyMismatch(earlier.request_id)
-    if earlier.state in ("reserved", "forwarded"):
-        return IdempotencyKeyInUse(earlier.request_id)
-    return IdempotencyKeyReused(earlier.request_id, format_usd(earlier.settled_micro_usd + earlier.reserved_micro_usd))
 
 
 def _stated_cost(value: bytes | None) -> int | None:

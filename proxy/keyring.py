@@ -21,10 +21,6 @@ from proxy.ledger.engine import Database
 REMEMBERED_MAX = 10_000
 
 
-# A ledger that has not said by then whose key it is, is away.
-ANSWER_SECONDS_MAX = 5
-
-
 class Keyring:
     """The keys that were seen lately, and the ledger behind them."""
 
@@ -56,22 +52,23 @@ class Keyring:
         task = self._asking.get(digest)
         if task is None:
             task = self._asking[digest] = asyncio.create_task(self._look_up(digest))
-            task.add_done_callback(lambda _: self._asking.pop(digest, None))
+            task.add_done_callback(lambda done: self._answered(digest, done))
         try:
-            async with asyncio.timeout(ANSWER_SECONDS_MAX):
-                return await asyncio.shield(task)
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            return await asyncio.shield(task)
+        except (SQLAlchemyError, OSError) as error:
             raise LedgerUnavailable from error
+
+    def _answered(self, digest: bytes, task: asyncio.Task[KeyHolder | None]) -> None:
+        self._asking.pop(digest, None)
+        if not task.cancelled():
+            # Looked at, so that an error is not reported as forgotten where all who waited for it have left.
+            task.exception()
 
     async def _look_up(self, digest: bytes) -> KeyHolder | None:
         asked_at = time.monotonic()
-        holder = await asyncio.to_thread(self._read, digest)
+        holder = await self._database.ask(lambda connection: holder_of(connection, digest))
         if holder is not None:
             if len(self._known) >= REMEMBERED_MAX:
                 self._known.clear()
             self._known[digest] = (asked_at + self._remember_seconds, holder)
         return holder
-
-    def _read(self, digest: bytes) -> KeyHolder | None:
-        with self._database.reading() as connection:
-            return holder_of(connection, digest)

@@ -6,10 +6,8 @@ import re
 
 MICRO_PER_USD = 1_000_000
 
-# A budget or price beyond a trillion dollars is a typing error, and the sum of any number of
-# charges that a database can hold stays inside a signed 64-bit column.
-LIMIT_MICRO_USD = 10**18
-
+# A budget or price of a trillion dollars or more is a typing error, and below that the sum of any number of charges that a
+# database can hold stays inside a signed 64-bit column.
 _USD = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,6}))?", re.ASCII)
 
 

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,22 @@ class Server:
     def crash(self) -> None:
         """Stop it as a loss of power would: no word to anybody, and what was not synced is gone."""
         self._stop(signal.SIGQUIT)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No word from any of its processes, though the kernel goes on taking what is sent to them."""
+        processes = [self.process.pid]
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        os.kill(self.process.pid, signal.SIGSTOP)
+        processes += map(int, children.read_text().split())
+        try:
+            for pid in processes:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in reversed(processes):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def _stop(self, how: signal.Signals) -> None:
         self.process.send_signal(how)

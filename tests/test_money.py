@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.money import LIMIT_MICRO_USD, format_usd, parse_usd
+from proxy.money import format_usd, parse_usd
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,6 @@ from proxy.money import LIMIT_MICRO_USD, format_usd, parse_usd
 )
 def test_dollars(text: str, micro_usd: int) -> None:
     assert parse_usd(text) == micro_usd
-    assert parse_usd(text) < LIMIT_MICRO_USD
 
 
 @pytest.mark.parametrize(
@@ -72,6 +71,6 @@ def test_amounts_are_printed_with_six_decimals(micro_usd: int, text: str) -> Non
     assert format_usd(micro_usd) == text
 
 
-@given(st.integers(0, LIMIT_MICRO_USD - 1))
+@given(st.integers(0, 10**18 - 1))
 def test_what_is_printed_reads_back_the_same(micro_usd: int) -> None:
     assert parse_usd(format_usd(micro_usd)) == micro_usd

@@ -59,7 +59,8 @@ def database() -> Iterator[Database]:
         if opened.dialect == "sqlite":
             migrate(opened)
         else:
-            require_current(opened)
+            with opened.reading() as connection:
+                require_current(connection)
         yield opened
     finally:
         opened.close()

@@ -1,6 +1,8 @@
 """All money state and all SQL: who may spend, what is held, what was booked.
 
-From the ground up: ``schema`` (tables), ``decisions`` (pure rules), ``engine`` (connections and transactions),
-``accounts`` (teams, keys, budgets), ``books`` (one transaction of reservations and bookings), ``reports`` (reading),
-``teller`` (the one writer of a process), ``migrate`` (the schema's versions).
+From the ground up: ``schema`` (tables), ``decisions`` (pure rules), ``engine`` (connections, transactions and threads),
+``marks`` (facts about the database itself), ``history`` (what earlier charges mean for a decision), ``books`` (one transaction
+of reservations and bookings), ``accounts`` (teams, keys, budgets, limits, audit), ``reviews`` (what an operator says of a
+charge), ``reports`` (reading), ``journal`` (outcomes on local disk), ``teller`` (the one writer of a process), ``sweep`` (what
+nobody is left to end), ``migrate`` (the schema's versions).
 """

@@ -17,12 +17,12 @@ from sqlalchemy import Connection, Row, select
 
 from proxy import tokens
 from proxy.ledger.books import lock_teams, open_balance
-from proxy.ledger.schema import audit, balances, budgets, keys, limits, marks, teams
+from proxy.ledger.marks import mark, set_mark
+from proxy.ledger.schema import audit, balances, budgets, keys, limits, teams
 from proxy.periods import Period
 
 # A team's name is a metrics label, a column in reports and part of TEAM/KEY_ID on the command line.
 _NAME = re.compile(r"[^\W_][\w .@+&-]{0,62}[\w.+]|[^\W_]", re.UNICODE)
-
 
 # The mark that holds the price card last used with this database.
 _PRICES = "prices"
@@ -328,11 +328,10 @@ def note_prices(connection: Connection, version: str, fingerprint: str, *, now: 
     ``fingerprint`` tells cards apart that say the same of themselves.
     """
     after = f"{version} {fingerprint}"
-    before = connection.execute(select(marks.c.value).where(marks.c.name == _PRICES)).scalar()
+    before = mark(connection, _PRICES)
     if before == after:
         return False
-    connection.execute(marks.delete().where(marks.c.name == _PRICES))
-    connection.execute(marks.insert().values(name=_PRICES, value=after))
+    set_mark(connection, _PRICES, after)
     record(connection, "prices.load", version, None if before is None else {"card": before}, {"card": after}, now, actor)
     return True
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
 
 # A writer waits this long for another process's transaction (a command beside a running gateway) before it gives up.
 LOCK_WAIT_SECONDS = 10
@@ -19,6 +24,21 @@ LOCK_WAIT_SECONDS = 10
 # A database that does not answer within this is away: requests are refused rather than kept waiting.
 CONNECT_SECONDS = 3
 STATEMENT_SECONDS = 15
+
+# What the event loop asks. A database that hangs must not take the threads that others need, nor keep anybody waiting.
+ASKED_AT_ONCE = 4
+ANSWER_SECONDS = 5
+CHANGE_SECONDS = 20
+LET_GO_SECONDS = 0.2
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(slots=True)
+class _Errand:
+    """Work that a thread does for the event loop; the connection while it has one."""
+
+    connection: Connection | None = None
 
 
 class Database:
@@ -33,6 +53,9 @@ class Database:
         self.dialect: Literal["sqlite", "postgresql"] = "sqlite" if parsed.get_backend_name() == "sqlite" else "postgresql"
         self._writer = _open(parsed, writes=True)
         self._reader = _open(parsed, writes=False)
+        # Not the event loop's own threads: those write the journal and keep bodies, also while the database hangs.
+        self._reading_threads = ThreadPoolExecutor(ASKED_AT_ONCE, "ledger-reader")
+        self._writing_threads = ThreadPoolExecutor(1, "ledger-writer")
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -46,17 +69,69 @@ class Database:
         with self._reader.begin() as connection:
             yield connection
 
-    def interrupt(self, connection: Connection) -> None:
-        """End the network connection of a transaction that another thread waits in; it fails there. Without effect on
-        SQLite, where no server can freeze."""
-        if self.dialect == "postgresql":
+    async def ask(self, read: Callable[[Connection], Answer]) -> Answer:
+        """What ``read`` answers on a consistent view, from a thread. Raises ``TimeoutError`` for a database that hangs,
+        else SQLAlchemy's errors."""
+        errand = _Errand()
+        job = self._reading_threads.submit(self._read, read, errand)
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await asyncio.wrap_future(job)
+        except (TimeoutError, asyncio.CancelledError):
+            self._let_go(job, errand)
+            raise
+
+    async def change(self, write: Callable[[Connection], Answer]) -> Answer:
+        """What ``write`` answers inside a transaction, from a thread. It is carried out whether its caller waits or leaves.
+        Raises as :meth:`ask` does; whether something was committed then, only the books can tell."""
+        return await asyncio.shield(asyncio.wrap_future(self._writing_threads.submit(self._write, write)))
+
+    def _let_go(self, job: Future[Any], errand: _Errand) -> None:
+        """Nobody waits for this any more, and its thread has others to serve. It may not have come to its connection yet, or
+        be between two statements: so again, until it has ended."""
+        if not job.done():
+            self.interrupt(errand.connection)
+            asyncio.get_running_loop().call_later(LET_GO_SECONDS, self._let_go, job, errand)
+
+    def _read(self, read: Callable[[Connection], Answer], errand: _Errand, *, again: bool = True) -> Answer:
+        try:
+            with self.reading() as errand.connection:
+                return read(errand.connection)
+        except DBAPIError as error:
+            # The database was restarted since this connection was last used; reading once more does no harm.
+            if not (again and error.connection_invalidated):
+                raise
+        finally:
+            errand.connection = None
+        return self._read(read, errand, again=False)
+
+    def _write(self, write: Callable[[Connection], Answer]) -> Answer:
+        errand = _Errand()
+        patience = threading.Timer(CHANGE_SECONDS, lambda: self.interrupt(errand.connection))
+        patience.start()
+        try:
+            with self.writing() as errand.connection:
+                return write(errand.connection)
+        finally:
+            errand.connection = None
+            patience.cancel()
+
+    def interrupt(self, connection: Connection | None) -> None:
+        """End what another thread waits for on this connection; it fails there. A server that has frozen has no other way
+        to be let go: its connection is closed from this side."""
+        if connection is None:
+            return
+        # It may have ended by itself meanwhile, and each layer has its own error for that.
+        with suppress(Exception):
             driver: Any = connection.connection.driver_connection
-            # It may have ended by itself meanwhile, and the driver has its own error for that.
-            with suppress(Exception), socket.socket(fileno=os.dup(driver.pgconn.socket)) as duplicate:
+            if self.dialect == "sqlite":
+                driver.interrupt()
+                return
+            with socket.socket(fileno=os.dup(driver.pgconn.socket)) as duplicate:
                 duplicate.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Give all connections back. None may be in use."""
+        """Give all connections back. None may be in use; what is asked later opens new ones."""
         self._writer.dispose()
         self._reader.dispose()
 
@@ -122,9 +197,6 @@ def _open_postgresql(url: URL, *, writes: bool) -> Engine:
         pool_size=1 if writes else 4,
         # Commands write from several threads at once when a server runs them; the teller needs one.
         max_overflow=4,
-        # After a restart of the server its old connections are found out here, not by whoever reads next. The writer goes
-        # without: this costs a round trip each time.
-        pool_pre_ping=not writes,
         pool_timeout=LOCK_WAIT_SECONDS,
         isolation_level="READ COMMITTED" if writes else "REPEATABLE READ",
         connect_args={

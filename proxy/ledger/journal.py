@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import structlog
+
 from proxy.ledger.decisions import Booking
 from proxy.outcomes import Outcome
 
@@ -25,9 +27,11 @@ ROOM_BYTES = 8 << 20
 
 SUFFIX = ".journal"
 
+log = structlog.get_logger(__name__)
+
 
 class Journal:
-    """This process's own file. Only the teller's thread uses it."""
+    """This process's own file. Only its teller uses it, one thread at a time."""
 
     def __init__(self, directory: Path) -> None:
         """Raises ``OSError`` where the directory can't be written or has no room."""
@@ -90,9 +94,16 @@ def abandoned(directory: Path) -> Iterator[list[Booking]]:
     try:
         for path in sorted(directory.glob(f"*{SUFFIX}")):
             file = _take(path)
-            if file is not None:
-                taken.append((path, file))
-                bookings.extend(_read(file))
+            if file is None:
+                continue
+            try:
+                bookings.extend(list(_read(file)))
+            except (ValueError, TypeError, KeyError):
+                # Whole, and not of a shape that this release knows. It is kept for the one that does, and keeps no other out.
+                log.critical("journal_not_understood", file=path.name)
+                os.close(file)
+                continue
+            taken.append((path, file))
         yield bookings
         for path, _ in taken:
             path.unlink(missing_ok=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from sqlalchemy import Connection, inspect, select, text
+from sqlalchemy import Connection, inspect, text
 
 from proxy.ledger.engine import Database
-from proxy.ledger.schema import REVISION, marks
+from proxy.ledger.schema import REVISION
 
 # Any constant does, as long as every release takes the same lock.
 _LOCK_ID = 0x6265616E
@@ -43,24 +43,12 @@ def migrate(database: Database) -> bool:
         return True
 
 
-def require_current(database: Database) -> None:
+def require_current(connection: Connection) -> None:
     """Raise :class:`SchemaError` unless the database is at the newest schema."""
-    with database.reading() as connection:
-        found = current_revision(connection)
+    found = current_revision(connection)
     if found != REVISION:
         state = "is empty" if found is None else f"is at version {found}, this release needs {REVISION}"
         raise SchemaError(f"the database {state}; run 'beanmeter migrate'")
-
-
-def mark(connection: Connection, name: str) -> str | None:
-    """A fact that was noted about the database itself."""
-    return connection.execute(select(marks.c.value).where(marks.c.name == name)).scalar()
-
-
-def set_mark(connection: Connection, name: str, value: str) -> None:
-    """Note a fact about the database itself, in place of what was noted before."""
-    connection.execute(marks.delete().where(marks.c.name == name))
-    connection.execute(marks.insert().values(name=name, value=value))
 
 
 def _upgrade(connection: Connection) -> None:

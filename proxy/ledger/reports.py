@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Date, Select, and_, case, cast, func, or_, select
 
 from proxy import periods
-from proxy.ledger.schema import OPEN_STATES, audit, balances, budgets, charges, keys, rollups, teams
+from proxy.ledger.schema import OPEN_STATES, audit, balances, budgets, charges, rollups, teams
 
 # How many rows of a listing are in memory at a time.
 PAGE_ROWS = 1_000
@@ -226,8 +226,3 @@ def list_audit(
         query = query.where(audit.c.at < until)
     for row in connection.execution_options(yield_per=PAGE_ROWS).execute(query).mappings():
         yield dict(row)
-
-
-def key_names(connection: Connection) -> dict[str, str]:
-    """Names of keys by id, for reports that people read."""
-    return {row.id: row.name for row in connection.execute(select(keys.c.id, keys.c.name))}

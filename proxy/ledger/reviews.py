@@ -1,4 +1,4 @@
-"""Charges whose cost nobody knows yet: showing them, and settling or releasing them by an operator's word."""
+"""Charges whose cost nobody knows yet: settling or releasing them by an operator's word, or when their time is up."""
 
 from __future__ import annotations
 
@@ -30,15 +30,33 @@ def release(connection: Connection, charge_id: str, reason: str, *, now: datetim
     return _end(connection, row, outcome, "review.release", now, actor, reason=reason)
 
 
+def expire(connection: Connection, charge_id: str, *, now: datetime, actor: str) -> bool:
+    """Settle a review that nobody resolved at all that it holds; whether it was still in review."""
+    row = _lock(connection, charge_id)
+    if row is None or row.state != "review":
+        return False
+    amount = row.settled_micro_usd + row.reserved_micro_usd
+    outcome = Outcome("settled", amount, 0, row.images_delivered, row.size, row.quality, "expired", "review_expired")
+    _end(connection, row, outcome, "review.expire", now, actor, reason="")
+    return True
+
+
 def _locked(connection: Connection, charge_id: str) -> Row[Any]:
-    query = select(charges).where(charges.c.id == charge_id)
-    row = connection.execute(query).one_or_none()
+    row = _lock(connection, charge_id)
     if row is None:
         raise AccountError(f"there is no charge {charge_id!r}; 'beanmeter review list' shows those in review")
-    lock_teams(connection, [row.team_id])
-    row = connection.execute(query).one()
     if row.state != "review":
         raise AccountError(f"charge {charge_id} is {row.state}, not in review; what has ended stays as it is")
+    return row
+
+
+def _lock(connection: Connection, charge_id: str) -> Row[Any] | None:
+    """The charge as it is once its team is locked, and nobody else can change it."""
+    query = select(charges).where(charges.c.id == charge_id)
+    row = connection.execute(query).one_or_none()
+    if row is not None:
+        lock_teams(connection, [row.team_id])
+        row = connection.execute(query).one()
     return row
 
 

@@ -9,14 +9,15 @@ import asyncio
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
-from sqlalchemy import Connection, Row, and_, or_, select
+from sqlalchemy import Connection, Row, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from proxy.ledger.accounts import record
+from proxy.ledger import reviews
 from proxy.ledger.decisions import Booking
 from proxy.ledger.engine import Database
 from proxy.ledger.journal import abandoned
@@ -36,11 +37,6 @@ SETTLED_IN_SECONDS = 10
 # A batch of this many is booked before the next is read.
 FOUND_MAX = 1_000
 
-# What a read may take when the process ends; a database that hangs is not waited for.
-THREAD_SECONDS = 5
-
-Answer = TypeVar("Answer")
-
 log = structlog.get_logger(__name__)
 
 
@@ -58,14 +54,16 @@ class Sweeper:
         self._reachable_since: float | None = None
 
     async def run(self) -> None:
-        """Sweep until cancelled."""
+        """Sweep until cancelled. Nothing that goes wrong in one round, or in one part of it, keeps the others from theirs."""
         while True:
-            try:
-                await self.replay()
-                await self.sweep()
-            except (SQLAlchemyError, OSError) as error:
-                self._reachable_since = None
-                log.warning("sweep_failed", cause=type(error).__name__)
+            for part in (self.replay, self.sweep, self.expire):
+                try:
+                    await part()
+                except (SQLAlchemyError, OSError) as error:
+                    self._reachable_since = None
+                    log.warning("sweep_failed", part=part.__name__, cause=type(error).__name__)
+                except Exception:
+                    log.exception("sweep_failed", part=part.__name__)
             await asyncio.sleep(INTERVAL_SECONDS)
 
     async def replay(self) -> int:
@@ -78,9 +76,8 @@ class Sweeper:
         return len(bookings)
 
     async def sweep(self) -> int:
-        """End what is overdue; how many charges that were."""
-        now = self._clock()
-        rows = await _in_thread(self._read, now)
+        """End what dead processes left open; how many charges that were."""
+        rows = await self._database.ask(lambda connection: find_overdue(connection, self._clock()))
         if self._reachable_since is None:
             self._reachable_since = time.monotonic()
         if time.monotonic() - self._reachable_since < SETTLED_IN_SECONDS:
@@ -88,52 +85,36 @@ class Sweeper:
         await asyncio.gather(*(self._teller.book(overdue_booking(row)) for row in rows))
         for row in rows:
             log.warning("charge_swept", charge=row.id, was=row.state)
-        expired = [row for row in rows if row.state == "review"]
-        if expired:
-            await _in_thread(self._record, expired)
         return len(rows)
 
-    def _record(self, expired: list[Row[Any]]) -> None:
-        with self._database.writing() as connection:
-            for row in expired:
-                before = {"settled_micro_usd": row.settled_micro_usd, "reserved_micro_usd": row.reserved_micro_usd}
-                after = {"settled_micro_usd": row.settled_micro_usd + row.reserved_micro_usd, "basis": "expired"}
-                record(connection, "review.expire", row.id, before, after, self._clock(), "sweep")
-
-    def _read(self, now: datetime) -> list[Row[Any]]:
-        with self._database.reading() as connection:
-            return find_overdue(connection, now, self._review_time)
-
-
-async def _in_thread(work: Callable[..., Answer], *what: object) -> Answer:
-    """Like :func:`asyncio.to_thread`, but whoever cancels waits a while for the thread: it has the database in use."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *what))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait((task,), timeout=THREAD_SECONDS)
-        raise
+    async def expire(self) -> int:
+        """Settle the reviews whose time is up at what they hold; how many that were."""
+        ids = await self._database.ask(lambda connection: find_expired(connection, self._clock(), self._review_time))
+        expired = 0
+        for charge_id in ids:
+            if await self._database.change(partial(reviews.expire, charge_id=charge_id, now=self._clock(), actor="sweep")):
+                expired += 1
+                log.warning("review_expired", charge=charge_id)
+        return expired
 
 
-def find_overdue(connection: Connection, now: datetime, review_time: timedelta) -> list[Row[Any]]:
-    """Charges whose exchange must be over and is not booked, and reviews whose time is up."""
-    query = select(charges).where(
-        or_(
-            and_(charges.c.state.in_(("reserved", "forwarded")), charges.c.deadline_at < now - GRACE),
-            and_(charges.c.state == "review", charges.c.finished_at < now - review_time),
-        )
-    )
+def find_overdue(connection: Connection, now: datetime) -> list[Row[Any]]:
+    """Charges whose exchange must be over and is not booked."""
+    query = select(charges).where(charges.c.state.in_(("reserved", "forwarded")), charges.c.deadline_at < now - GRACE)
     return list(connection.execute(query.order_by(charges.c.created_at).limit(FOUND_MAX)))
+
+
+def find_expired(connection: Connection, now: datetime, review_time: timedelta) -> list[str]:
+    """The ids of reviews that nobody has settled within ``review_time``."""
+    query = select(charges.c.id).where(charges.c.state == "review", charges.c.finished_at < now - review_time)
+    return list(connection.scalars(query.order_by(charges.c.created_at).limit(FOUND_MAX)))
 
 
 def overdue_booking(row: Row[Any]) -> Booking:
     """How the ledger ends a charge that :func:`find_overdue` found."""
     if row.state == "reserved":
         outcome = Outcome("released", 0, 0, 0, row.size, row.quality, None, "never_sent")
-    elif row.state == "forwarded":
+    else:
         # Sent, and whoever knew what came of it is gone.
         outcome = Outcome("review", 0, row.hold_micro_usd, 0, row.size, row.quality, None, "process_died")
-    else:
-        amount = row.settled_micro_usd + row.reserved_micro_usd
-        outcome = Outcome("settled", amount, 0, row.images_delivered, row.size, row.quality, "expired", "review_expired")
     return Booking(row.id, row.team_id, outcome)

@@ -1,7 +1,8 @@
 """The one writer of a process: a thread that takes whatever is waiting into one transaction.
 
 Callers on the event loop hand in a job and await its result. Nothing they do, leaving included, reaches the database work:
-it happens in this thread alone, and a job that was handed in is carried out.
+it happens in this thread alone. A booking that was handed in is carried out; a reservation can be withdrawn, and then
+nothing stays held.
 """
 
 from __future__ import annotations
@@ -111,8 +112,9 @@ class Teller:
         self._observer = observer
         self._waiting: queue.SimpleQueue[_Reserve | _Book | None] = queue.SimpleQueue()
         self._unwritten: deque[_Book] = deque()
-        # What was handed in to be booked and is not committed yet, by charge.
-        self._unbooked_yet: dict[str, _Book] = {}
+        # What was handed in to be booked and is not committed yet, by the identity of the job: one charge can have several,
+        # such as its exchange's and the sweep's, and they may say different things.
+        self._unbooked_yet: dict[int, _Book] = {}
         # The journal is written here, and in another thread for whoever can't wait for this one.
         self._journal_lock = threading.Lock()
         self._connection: Connection | None = None
@@ -132,8 +134,7 @@ class Teller:
     def reserve(self, job: Reservation) -> asyncio.Future[Decision]:
         """Hold the amount against every budget that applies, and mark the charge as forwarded, in one commit.
 
-        The future raises :class:`LedgerDown`. Cancelling it withdraws the job: nothing stays held, whether it had been
-        committed by then or not.
+        The future raises :class:`LedgerDown`. Whoever stops waiting for it calls :meth:`withdraw`.
         """
         item = _Reserve(job, self._loop.create_future())
         if self._closing or self._waiting.qsize() > WAITING_MAX:
@@ -142,10 +143,16 @@ class Teller:
             self._waiting.put(item)
         return item.answer
 
+    def withdraw(self, job: Reservation, answer: asyncio.Future[Decision]) -> None:
+        """Take a reservation back that nothing was sent for: nothing stays held, whether it is committed by now or not."""
+        if not answer.cancel() and not answer.cancelled() and answer.exception() is None:
+            # It was committed, and answered at the very moment at which the waiting ended.
+            self._waiting.put(_void(job))
+
     def book(self, job: Booking) -> asyncio.Future[None]:
         """Write the end of an exchange; the future is done once it is committed, or safe in the journal until it can be."""
         answer: asyncio.Future[None] = self._loop.create_future()
-        item = self._unbooked_yet[job.charge_id] = _Book(job, answer)
+        item = self._unbooked_yet[id(job)] = _Book(job, answer)
         self._waiting.put(item)
         return answer
 
@@ -154,9 +161,11 @@ class Teller:
         await asyncio.to_thread(self._secure, job)
 
     @property
-    def unwritten(self) -> int:
-        """How many bookings wait for the database to come back."""
-        return len(self._unwritten)
+    def _outstanding(self) -> int:
+        """How many outcomes wait for the database: those that a transaction failed with, and those made safe beside one."""
+        # The lists are copies: jobs are handed in meanwhile.
+        waiting = [*list(self._unwritten), *(item for item in list(self._unbooked_yet.values()) if item.journaled)]
+        return len({id(item.job) for item in waiting})
 
     async def close(self, timeout_seconds: float) -> None:
         """Write what is waiting, then stop; gives the database at most ``timeout_seconds``."""
@@ -165,7 +174,14 @@ class Teller:
         self._waiting.put(None)
         self._watching.cancel()
         await asyncio.to_thread(self._thread.join, timeout_seconds + 1)
-        if self._journal is not None:
+        if self._journal is None:
+            return
+        if self._thread.is_alive():
+            # It is stuck in the database. What it has not come to is made safe without it; the file is left to the end of
+            # the process, since the thread may still write to it.
+            with self._journal_lock:
+                self._journalise([item for item in self._unbooked_yet.values() if not item.journaled])
+        else:
             self._journal.close()
 
     # In the thread
@@ -232,7 +248,7 @@ class Teller:
         else:
             self._retry_seconds = RETRY_SECONDS_FIRST
             for item in batch.books:
-                self._unbooked_yet.pop(item.job.charge_id, None)
+                self._unbooked_yet.pop(id(item.job), None)
             withdrawn = [item for item in batch.reserves if item.answer.cancelled()]
             self._unwritten.extend(_void(item.job) for item in withdrawn)
             self._answer(batch, decisions)
@@ -282,7 +298,7 @@ class Teller:
             self._tell(self._observer.failed, step)
         self._refuse(batch.reserves)
         for item in batch.books:
-            self._unbooked_yet.pop(item.job.charge_id, None)
+            self._unbooked_yet.pop(id(item.job), None)
         self._answer(_Batch(books=batch.books), [])
 
     def _fail(self, batch: _Batch, error: Exception, *, committing: bool) -> None:
@@ -301,7 +317,7 @@ class Teller:
 
     def _write_journal(self) -> None:
         """Make safe what is unwritten; its exchanges are done then, whenever the database comes back."""
-        self._tell(self._unbooked, len(self._unwritten))
+        self._tell(self._unbooked, self._outstanding)
         new = [item for item in self._unwritten if not item.journaled]
         if self._journal is None or not new:
             return
@@ -310,7 +326,7 @@ class Teller:
 
     def _secure(self, job: Booking) -> None:
         with self._journal_lock:
-            item = self._unbooked_yet.get(job.charge_id)
+            item = self._unbooked_yet.get(id(job))
             if self._journal is not None and item is not None and not item.journaled:
                 self._journalise([item])
 
@@ -324,6 +340,7 @@ class Teller:
             return
         for item in items:
             item.journaled = True
+        self._tell(self._unbooked, self._outstanding)
         self._answer(_Batch(books=list(items)), [])
 
     def _clear_journal(self) -> None:
@@ -354,9 +371,10 @@ class Teller:
 
     def _watch(self) -> None:
         """On the loop: let go of a server that has frozen in the middle of a transaction."""
-        if time.monotonic() - self._writing_since > FROZEN_SECONDS and self._connection is not None:
+        connection = self._connection
+        if time.monotonic() - self._writing_since > FROZEN_SECONDS and connection is not None:
             log.error("ledger_frozen", seconds=FROZEN_SECONDS)
-            self._database.interrupt(self._connection)
+            self._database.interrupt(connection)
         self._watching = self._loop.call_later(1.0, self._watch)
 
     def _call(self, deliver: Callable[[], None]) -> None:

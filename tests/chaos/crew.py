@@ -17,10 +17,12 @@ from typing import Any
 
 import httpx2
 import psycopg
+from sqlalchemy import Connection
 
-from proxy.ledger import accounts, reports
+from proxy.ledger import accounts
 from proxy.ledger.engine import Database
 from proxy.ledger.migrate import migrate
+from proxy.ledger.reports import list_charges
 from proxy.simulator import Simulator, SimulatorOptions, running_simulator
 from tests.chaos.runner import Plan, run
 from tests.ledger.ledgers import check
@@ -155,7 +157,7 @@ class Crew:
         """An order to each of the gateways; inside the block the upstream has all of them, and has answered none."""
         arrived = len(self.simulator.requests())
         with ThreadPoolExecutor(len(base_urls)) as clients:
-            answers = [clients.submit(self.order, url, "[[sim latency=0.6]]", stream=True) for url in base_urls]
+            answers = [clients.submit(self.order, url, "[[sim latency=2]]", stream=True) for url in base_urls]
             wait_for(lambda: len(self.simulator.requests()) == arrived + len(base_urls) or None)
             yield answers
 
@@ -166,8 +168,15 @@ class Crew:
 
     def charges(self) -> dict[str, dict[str, Any]]:
         """All charges, by the ids of their requests."""
+        with self.reading() as connection:
+            return {row["request_id"]: row for row in list_charges(connection)}
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """The books, on a new connection: the server may have been restarted since the last look."""
+        self.database.close()
         with self.database.reading() as connection:
-            return {row["request_id"]: row for row in reports.list_charges(connection)}
+            yield connection
 
     def recover(self, state_dir: Path | None = None) -> None:
         """A new process, long after, takes over what the dead left; returns once nothing is left."""
@@ -190,7 +199,7 @@ class Crew:
     def audit(self) -> dict[str, dict[str, Any]]:
         """The books agree with the bill, and with themselves; all charges by the ids of their requests."""
         charges = self.charges()
-        with self.database.reading() as connection:
+        with self.reading() as connection:
             check(connection)
         compare(self.simulator.bill()["entries"], charges)
         for process in self._started:

@@ -106,12 +106,13 @@ class Model:
         charge.state, charge.finished_at = ("released" if amount is None else "settled"), now
         charge.images = 0 if amount is None else charge.images
 
-    def overdue(self, now: datetime, timeout: timedelta, review_time: timedelta) -> set[str]:
+    def overdue(self, now: datetime, timeout: timedelta) -> set[str]:
         """The charges that a sweep has to end."""
-        late = {name for name, charge in self.open.items() if charge.created_at + timeout < now - GRACE}
-        return late | {
-            name for name, charge in self.reviews.items() if charge.finished_at and charge.finished_at < now - review_time
-        }
+        return {name for name, charge in self.open.items() if charge.created_at + timeout < now - GRACE}
+
+    def expired(self, now: datetime, review_time: timedelta) -> set[str]:
+        """The reviews that nobody has settled in time."""
+        return {name for name, charge in self.reviews.items() if charge.finished_at and charge.finished_at < now - review_time}
 
     def _hold(self, job: Reservation, now: datetime, scopes: Sequence[Scope]) -> None:
         charge = self.charges[job.charge_id] = self.open[job.charge_id] = Charge(job, now)

@@ -59,6 +59,8 @@ class Plan:
     settled_in_seconds: float = sweep.SETTLED_IN_SECONDS
     grace: timedelta = sweep.GRACE
     sweep_seconds: float = sweep.INTERVAL_SECONDS
+    # After how long a transaction's server counts as frozen.
+    frozen_seconds: float = teller.FROZEN_SECONDS
     limits: Mapping[int, int] = field(default_factory=dict)
 
 
@@ -93,6 +95,7 @@ Come = Callable[[str], None]
 def _shorten(plan: Plan) -> None:
     app.utc_now = lambda: datetime.now(UTC) + plan.clock_ahead
     teller.BATCH_JOBS_MAX = plan.batch_jobs_max
+    teller.FROZEN_SECONDS = plan.frozen_seconds
     sweep.SETTLED_IN_SECONDS = plan.settled_in_seconds  # type: ignore[assignment]
     sweep.GRACE = plan.grace
     sweep.INTERVAL_SECONDS = plan.sweep_seconds  # type: ignore[assignment]

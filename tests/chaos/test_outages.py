@@ -11,8 +11,9 @@ import pytest
 
 from proxy.ledger.decisions import Booking
 from proxy.ledger.journal import Journal, abandoned
+from proxy.ledger.teller import FROZEN_SECONDS
 from tests.chaos.crew import Crew, crew, fresh_database
-from tests.chaos.sizes import size
+from tests.chaos.sizes import FULL, size
 from tests.ledger.ledgers import Account, released, reservation, reviewed, settled
 from tests.ledger.wire import Cut, Wire
 from tests.live import ORDER, live_gateway, wait_for
@@ -61,6 +62,38 @@ def watch_states(team: Crew, before: set[str]) -> set[str]:
 
     wait_for(ended)
     return seen
+
+
+@pytest.mark.postgres
+def test_a_server_that_freezes(breakable_postgres: Server, tmp_path: Path) -> None:
+    """It closes nothing and answers nothing: only the gateway's own patience ends the waiting."""
+    with crew(fresh_database(breakable_postgres), tmp_path) as team:
+        team.set_budget(10**12)
+        gateway = team.start(replace(team.plan(), frozen_seconds=6.0 if not FULL else FROZEN_SECONDS))
+        assert team.order(gateway.base_url) == 200
+        with team.orders_under_way([gateway.base_url]) as answers:
+            with breakable_postgres.frozen():
+                # What was sent gets its answer, and its outcome is safe; nothing else is sent.
+                assert [answer.result() for answer in answers] == [200]
+                assert journaled(team.state_dir) == 1
+                assert [team.order(gateway.base_url) for _ in range(2)] == ["ledger_unavailable"] * 2
+                with team.client(gateway.base_url) as client:
+                    root = gateway.base_url.removesuffix("/v1")
+                    assert client.get(f"{root}/readyz").status_code == 503
+                    # The page comes without the figures of the ledger.
+                    assert "beanmeter_charges_open{" not in client.get(f"{root}/metrics").text
+                assert wait_for(lambda: "ledger_frozen" in gateway.log.read_text() or None)
+            assert len(team.simulator.requests()) == 2
+        assert wait_for(lambda: team.order(gateway.base_url) == 200 or None)
+        assert gateway.stop() == 0
+        charges = team.audit()
+        assert sorted(row["state"] for row in charges.values() if row["reason"] != "unsent") == ["settled"] * 3
+        assert {row["state"] for row in charges.values()} <= {"settled", "released"}
+
+
+def journaled(state_dir: Path) -> int:
+    """How many outcomes are in the journals."""
+    return sum(file.read_bytes().count(b'"charge_id":') for file in (state_dir / "journal").iterdir())
 
 
 @pytest.mark.postgres

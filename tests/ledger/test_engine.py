@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from proxy.ledger.engine import LOCK_WAIT_SECONDS, STATEMENT_SECONDS, Database
+from proxy.ledger import engine
+from proxy.ledger.engine import ASKED_AT_ONCE, LOCK_WAIT_SECONDS, STATEMENT_SECONDS, Database
 from proxy.ledger.schema import keys
 from tests.ledger.ledgers import NOON, Ledger, reservation
 
@@ -105,3 +107,90 @@ def test_nothing_connects_before_it_is_used(tmp_path: Path) -> None:
                 pass
         database.close()
     assert list(tmp_path.iterdir()) == []
+
+
+# What the event loop asks
+
+ENDLESS = {
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n",
+    "postgresql": "SELECT pg_sleep(600)",
+}
+
+
+def count_teams(connection: Connection) -> int:
+    return int(connection.execute(text("SELECT count(*) FROM teams")).scalar_one())
+
+
+def test_a_question_that_is_not_answered_is_given_up_with_its_thread(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.account()
+    database = ledger.database
+    ended: list[str] = []
+
+    def endless(connection: Connection) -> None:
+        try:
+            connection.execute(text(ENDLESS[database.dialect]))
+        finally:
+            ended.append("ended")
+
+    async def scenario() -> None:
+        monkeypatch.setattr(engine, "ANSWER_SECONDS", 0.3)
+        # As many as there are threads, and as many again behind them.
+        asked = 2 * ASKED_AT_ONCE
+        ends = await asyncio.gather(*(database.ask(endless) for _ in range(asked)), return_exceptions=True)
+        assert [type(end) for end in ends] == [TimeoutError] * asked
+        monkeypatch.setattr(engine, "ANSWER_SECONDS", 30)
+        assert await asyncio.gather(*(database.ask(count_teams) for _ in range(asked))) == [1] * asked
+        while len(ended) < ASKED_AT_ONCE:  # noqa: ASYNC110 -- it happens in threads
+            await asyncio.sleep(0.01)
+        assert len(ended) == ASKED_AT_ONCE, "whoever had not begun never does"
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+@pytest.mark.postgres
+@ON_POSTGRESQL
+def test_a_question_is_asked_once_more_after_a_restart(ledger: Ledger) -> None:
+    ledger.account()
+
+    async def scenario() -> None:
+        assert await ledger.database.ask(count_teams) == 1
+        with ledger.database.writing() as connection:
+            others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database()"
+            assert connection.execute(text(f"SELECT count(pg_terminate_backend(pid, 10000)) {others}")).scalar_one() >= 1
+        assert await ledger.database.ask(count_teams) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_change_is_made_though_its_caller_leaves(ledger: Ledger) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def write(connection: Connection) -> None:
+        connection.execute(text("INSERT INTO marks (name, value) VALUES ('left', 'yes')"))
+        begun.set()
+        assert may_end.wait(30)
+
+    async def scenario() -> None:
+        change = asyncio.create_task(ledger.database.change(write))
+        await asyncio.to_thread(begun.wait, 30)
+        change.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await change
+        may_end.set()
+        # The next one has its turn after it.
+        assert await ledger.database.change(lambda connection: len(connection.execute(text("SELECT * FROM marks")).all())) == 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.postgres
+@ON_POSTGRESQL
+def test_a_change_that_hangs_is_let_go(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CHANGE_SECONDS", 0.3)
+
+    async def scenario() -> None:
+        with pytest.raises(OperationalError):
+            await ledger.database.change(lambda connection: connection.execute(text(ENDLESS["postgresql"])))
+        assert await ledger.database.change(count_teams) == 0
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))

@@ -48,7 +48,8 @@ def test_the_migrations_make_what_the_tables_say(database: Database) -> None:
         assert compare_metadata(context, metadata) == []
         assert current_revision(connection) == REVISION
     assert not migrate(database), "there is nothing left to do"
-    require_current(database)
+    with database.reading() as connection:
+        require_current(connection)
 
 
 Checks = dict[str, dict[str, str]]
@@ -76,13 +77,14 @@ def test_the_migrations_make_every_check(database: Database) -> None:
 
 
 def test_a_database_that_is_not_migrated_is_refused_with_the_way_out(database: Database) -> None:
-    with pytest.raises(SchemaError, match="is empty; run 'beanmeter migrate'"):
-        require_current(database)
+    with pytest.raises(SchemaError, match="is empty; run 'beanmeter migrate'"), database.reading() as connection:
+        require_current(connection)
     migrate(database)
     with database.writing() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '0000'"))
-    with pytest.raises(SchemaError, match=f"is at version 0000, this release needs {REVISION}; run 'beanmeter migrate'"):
-        require_current(database)
+    match = f"is at version 0000, this release needs {REVISION}; run 'beanmeter migrate'"
+    with pytest.raises(SchemaError, match=match), database.reading() as connection:
+        require_current(connection)
 
 
 def test_a_database_of_a_newer_release_is_left_alone(database: Database) -> None:
@@ -153,7 +155,8 @@ def test_an_installed_wheel_brings_its_migrations(tmp_path: Path) -> None:
         "from proxy.ledger.migrate import migrate, require_current\n"
         "database = Database('sqlite:///installed.db')\n"
         "assert migrate(database)\n"
-        "require_current(database)\n"
+        "with database.reading() as connection:\n"
+        "    require_current(connection)\n"
         "print(proxy.__file__)\n"
     )
     # What is installed comes before the checkout.

@@ -17,7 +17,6 @@ from proxy.ledger.reports import (
     GROUPS,
     PAGE_ROWS,
     BudgetStatus,
-    key_names,
     list_budgets,
     list_charges,
     read_figures,
@@ -162,7 +161,6 @@ def test_empty_books(ledger: Ledger) -> None:
         assert list_budgets(connection, NOON) == []
         figures = read_figures(connection, NOON)
         assert (figures.budgets, figures.open_charges) == ([], {"reserved": 0, "forwarded": 0, "review": 0})
-        assert key_names(connection) == {}
 
 
 # Charges

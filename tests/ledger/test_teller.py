@@ -153,11 +153,11 @@ def test_bookings_wait_for_the_database_and_are_written_once(ledger: Ledger, acc
             booked = [teller.book(book(job)) for job, book in zip(jobs, [settled, released, reviewed] * 100, strict=True)]
             # The same end again, as a replay of a journal brings it.
             booked.append(teller.book(settled(jobs[0])))
-            await until(lambda: teller.unwritten == len(booked))
+            await until(lambda: len(teller._unwritten) == len(booked))
             assert not any(one.done() for one in booked)
             assert set(log.failures) == {"book"}
         assert await all_of(booked) == [None] * len(booked)
-        assert teller.unwritten == 0
+        assert len(teller._unwritten) == 0
         await teller_at_work.__aexit__(None, None, None)
         assert list(states(ledger).values()) == ["settled", "released", "review"] * 100
 
@@ -176,7 +176,7 @@ def test_with_a_journal_an_exchange_need_not_wait_for_the_database(ledger: Ledge
             teller, _ = await teller_at_work.__aenter__()
             assert await all_of([teller.book(settled(job))]) == [None]
             assert not journal.empty
-            assert teller.unwritten == 1
+            assert len(teller._unwritten) == 1
         await until(lambda: journal.empty)
         await teller_at_work.__aexit__(None, None, None)
         assert states(ledger) == {job.charge_id: "settled"}
@@ -210,7 +210,7 @@ def test_a_reservation_whose_commit_was_not_answered_is_never_held_for_ever(ledg
                 if cut == "late":
                     await until(lambda: waits_for_a_lock(ledger.url))
                     wire.deliver()
-                await until(lambda: teller.unwritten == 0 and "book" in log.commits)
+                await until(lambda: len(teller._unwritten) == 0 and "book" in log.commits)
                 assert isinstance(await teller.reserve(later), Admitted)
             expected = {first.charge_id: "forwarded", lost.charge_id: "released", later.charge_id: "forwarded"}
             if cut == "before":
@@ -297,11 +297,11 @@ def test_the_journal_keeps_what_is_not_booked_yet_beside_one_that_never_can_be(
                     assert await all_of([teller.book(job) for job in bookings]) == [None] * 3
                     # The first of them by itself passes, and the one behind the bad one is cut off for a while.
                     wire.cut_next_commit("before", spare=1, stay_down=True)
-                await until(lambda: wire.down and teller.unwritten == 1)
+                await until(lambda: wire.down and len(teller._unwritten) == 1)
                 assert not journal.empty
                 wire.down = False
                 await until(lambda: journal.empty)
-                assert teller.unwritten == 0
+                assert len(teller._unwritten) == 0
         assert list(states(ledger).values()) == ["settled", "forwarded", "settled"]
 
     asyncio.run(scenario())
@@ -353,7 +353,7 @@ def test_closing_without_a_database_says_what_is_lost(ledger: Ledger, account: A
             teller = Teller(database, lambda: NOON, Log())
             teller.start()
             booked = teller.book(settled(job, 1234))
-            await until(lambda: teller.unwritten)
+            await until(lambda: teller._unwritten)
             await teller.close(0.2)
             database.close()
         assert not booked.done()
@@ -438,3 +438,73 @@ def test_a_booking_that_takes_its_time_is_made_safe_beside_it(ledger: Ledger, ac
     asyncio.run(scenario())
     assert list(states(ledger).values()) == ["settled"]
     assert list((tmp_path / "journal").iterdir()) == [], "what is booked waits no longer"
+
+
+def test_a_reservation_withdrawn_when_it_was_just_committed_is_let_go(ledger: Ledger, account: Account) -> None:
+    """Its answer and the end of its patience can come in the same moment."""
+    job = reservation(account)
+
+    async def scenario() -> None:
+        async with at_work(ledger.url) as (teller, log):
+            answer = teller.reserve(job)
+            await until(answer.done)
+            teller.withdraw(job, answer)
+            await until(lambda: "book" in log.commits)
+
+    asyncio.run(scenario())
+    assert states(ledger) == {job.charge_id: "released"}
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_bookings_of_one_charge_that_differ_are_each_made_safe(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    """An exchange's own, and that of a sweep that thought it dead."""
+    job = reservation(account)
+    ledger.post([job])
+    own, swept = settled(job), reviewed(job)
+
+    async def scenario() -> None:
+        journal = Journal(tmp_path / "journal")
+        async with at_work(ledger.url, journal) as (teller, _):
+            with ledger.database.writing() as connection:
+                lock_teams(connection, [account.team_id])
+                booked = [teller.book(own), teller.book(swept)]
+                await teller.secure(own)
+                await teller.secure(swept)
+                assert await all_of(booked) == [None] * 2
+                (file,) = (tmp_path / "journal").iterdir()
+                content = file.read_bytes()
+                assert (content.count(b'"state":"settled"'), content.count(b'"state":"review"')) == (1, 1)
+            await until(lambda: journal.empty)
+
+    asyncio.run(scenario())
+    assert states(ledger) == {job.charge_id: "settled"}
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_what_a_stuck_thread_has_not_come_to_is_safe_when_the_process_ends(
+    ledger: Ledger, account: Account, tmp_path: Path
+) -> None:
+    jobs = [reservation(account) for _ in range(3)]
+    ledger.post(jobs)
+
+    async def scenario() -> None:
+        journal = Journal(tmp_path / "journal")
+        database = Database(ledger.url)
+        teller = Teller(database, lambda: NOON, Log(), journal)
+        teller.start()
+        with ledger.database.writing() as connection:
+            lock_teams(connection, [account.team_id])
+            teller.book(settled(jobs[0]))
+            await until(lambda: teller._waiting.empty())
+            for job in jobs[1:]:
+                teller.book(settled(job))
+            await teller.close(0.1)
+            (file,) = (tmp_path / "journal").iterdir()
+            assert file.read_bytes().count(b'"state":"settled"') == len(jobs)
+        await asyncio.to_thread(teller._thread.join, PATIENCE_SECONDS)
+        database.close()
+
+    asyncio.run(scenario())
+    assert set(states(ledger).values()) == {"settled"}
