@@ -120,6 +120,7 @@ class Client:
         self._link = link
         self._writing_since: float | None = None
         self._broken = False
+        self._head: dict[str, Any] | None = None
         self.started = False
 
     @property
@@ -127,14 +128,23 @@ class Client:
         """Whether the client is known to have left."""
         return self._link is not None and self._link.gone
 
-    async def start(self, status: int, head: headers.Headers) -> None:
+    def start(self, status: int, head: headers.Headers) -> None:
+        """Begin the answer. Its head goes out with what follows, or with :meth:`flush`."""
         self.started = True
-        await self._timed({"type": "http.response.start", "status": status, "headers": list(head)})
+        self._head = {"type": "http.response.start", "status": status, "headers": head}
+
+    async def flush(self) -> None:
+        """Let the client have the head now: what follows may take its time."""
+        head, self._head = self._head, None
+        if head is not None:
+            await self._timed(head)
 
     async def write(self, piece: bytes) -> None:
+        await self.flush()
         await self._timed({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def finish(self, piece: bytes = b"") -> None:
+        await self.flush()
         await self._timed({"type": "http.response.body", "body": piece, "more_body": False})
 
     def hang_up(self) -> None:
@@ -172,7 +182,7 @@ async def refuse(client: Client, refusal: Refusal, request_id: str) -> None:
         SOURCE_HEADER,
         *refusal.headers,
     ]
-    await client.start(refusal.status, head)
+    client.start(refusal.status, head)
     await client.finish(body)
 
 
@@ -326,7 +336,9 @@ class Exchange:
         # The body of a 401 can echo the organisation's key, and its status says all that the books need.
         if answer.status == 401:
             return
-        await self._client.start(answer.status, [*head, *self._own_headers(admitted)])
+        self._client.start(answer.status, [*head, *self._own_headers(admitted)])
+        if not answer.arrived:
+            await self._client.flush()
         operation = self._request.order.operation
         relayed, left = 0, answer.length
         async for piece in answer.pieces():
@@ -383,8 +395,7 @@ class Exchange:
         elif seen.ended_properly or self._looks_whole(outcome, delivery):
             await self._client.finish(seen.last_piece)
         else:
-            if seen.last_piece:
-                await self._client.write(seen.last_piece)
+            await self._client.write(seen.last_piece)
             self._client.hang_up()
 
     def _looks_whole(self, outcome: Outcome, delivery: Delivery) -> bool:

@@ -6,11 +6,12 @@ not counted here: they are read from the ledger at each scrape.
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, values
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -53,15 +54,18 @@ def forget_gauges(directory: Path, number: int) -> None:
     mark_process_dead(number, directory)  # type: ignore[no-untyped-call]
 
 
+_Instrument = TypeVar("_Instrument", Counter, Histogram, Gauge)
+
+
 class Metrics:
     """The gateway's instruments. One object a process: the names are registered once."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=registry)
+            return _remembering(Counter(name, text, labels, registry=registry))
 
         def histogram(name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
-            return Histogram(name, text, labels, buckets=tuple(buckets), registry=registry)
+            return _remembering(Histogram(name, text, labels, buckets=tuple(buckets), registry=registry))
 
         self.registry = registry
         self.requests = counter(
@@ -86,12 +90,14 @@ class Metrics:
         self.overhead = histogram(
             "beanmeter_overhead_seconds", "What the gateway itself adds to a request.", _STEP_SECONDS, "stage"
         )
-        self.inflight = Gauge(
-            "beanmeter_inflight_requests",
-            "Exchanges going on now.",
-            ["operation"],
-            registry=registry,
-            multiprocess_mode="livesum",
+        self.inflight = _remembering(
+            Gauge(
+                "beanmeter_inflight_requests",
+                "Exchanges going on now.",
+                ["operation"],
+                registry=registry,
+                multiprocess_mode="livesum",
+            )
         )
         self.upstream_responses = counter(
             "beanmeter_upstream_responses_total", "Answers of the upstream.", "operation", "status_class"
@@ -133,6 +139,12 @@ class Metrics:
             _Shared(registry)  # type: ignore[no-untyped-call]
         encode, content_type = choose_encoder(accept)
         return encode(_Page(registry, price_card, figures)), content_type
+
+
+def _remembering(instrument: _Instrument) -> _Instrument:
+    """Looks each set of labels up once: the library checks, copies and locks at every look, a dozen times a request."""
+    instrument.labels = functools.cache(instrument.labels)  # type: ignore[method-assign]
+    return instrument
 
 
 class _Shared(MultiProcessCollector):

@@ -29,6 +29,9 @@ HEAD_BYTES_MAX = 32_768
 HEADERS_MAX = 100
 URL_BYTES_MAX = 8_192
 
+# Up to this it is cheaper to copy pieces into one than to hand them to the kernel one by one.
+CORKED_BYTES_MAX = 16 * 1024
+
 # What may wait in our memory for one slow reader, beside the piece that is being written.
 WAITING_BYTES_MAX = 256 * 1024
 
@@ -81,6 +84,42 @@ class Patience:
 PATIENCE = Patience()
 
 
+class _Corked:
+    """A transport that gathers what is written in one turn of the event loop: a head, a body and its end are three writes, and
+    each of them a call into the kernel and a packet."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._pieces: list[bytes] = []
+        self._bytes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._pieces and data:
+            self._loop.call_soon(self.flush)
+        self._pieces.append(data)
+        self._bytes += len(data)
+        if self._bytes > CORKED_BYTES_MAX:
+            self.flush()
+
+    def flush(self) -> None:
+        pieces, self._pieces, self._bytes = self._pieces, [], 0
+        if len(pieces) == 1 or sum(map(len, pieces)) <= CORKED_BYTES_MAX:
+            self._transport.write(b"".join(pieces))
+        else:
+            self._transport.writelines(pieces)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+    def get_write_buffer_size(self) -> int:
+        return self._bytes + self._transport.get_write_buffer_size()
+
+
 class ClientLink:
     """One request's connection, for the exchange that answers it."""
 
@@ -130,7 +169,7 @@ class Connection(HttpToolsProtocol):
         return None if cycle is None or cycle.response_complete else cycle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast("asyncio.Transport", _Corked(transport, self.loop)))
         transport.set_write_buffer_limits(high=WAITING_BYTES_MAX)
         self._allow(self._patience.head_seconds)
         self._watch()

@@ -56,6 +56,9 @@ _member = re.compile(
     + rb'("' + _PLAIN + rb'{0,512}+"|-?(?:0|[1-9][0-9]{0,20}+)|true|false|null)' + _SPACE + rb"([,}])" + _SPACE
 )  # fmt: skip
 
+# Made once: json.loads makes a decoder at each call that asks for anything but its own.
+_loads = json.JSONDecoder(strict=False).decode
+
 _CONTROLS = tuple(bytes([byte]) for byte in range(0x20))
 
 # Below this length one search by regular expression is cheaper than 32 by bytes.find.
@@ -395,7 +398,9 @@ def _encode(name: str) -> bytes:
 
 
 def _decode(token: bytes) -> str:
-    text: str = json.loads(token.decode("utf-8", "replace"), strict=False)
+    if b"\\" not in token:
+        return token[1:-1].decode("utf-8", "replace")
+    text: str = _loads(token.decode("utf-8", "replace"))
     return text
 
 
@@ -405,7 +410,7 @@ def _decode_cut(token: bytes) -> str:
     if clean is None:
         return ""
     spelled, _ = codecs.utf_8_decode(clean[0], "replace", False)
-    text: str = json.loads(spelled + '"', strict=False)
+    text: str = _loads(spelled + '"')
     return text[:-1] if "\ud800" <= text[-1:] <= "\udbff" else text
 
 

@@ -11,11 +11,11 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from proxy.images import decode_base64, measure
 from proxy.prices import AUTO, DeliveredImage
-from proxy.skim import Found, Skim, SkimError
+from proxy.skim import Found, Skim, SkimError, Watch
 
 # Enough of an image for the size in its header. PNG and WebP need 30 bytes; a JPEG can have its profile and
 # provenance data before it.
@@ -55,28 +55,30 @@ _COUNTS = ("input_tokens", "output_tokens", "total_tokens")
 # The sum over as many events as there can be lines stays inside a signed 64-bit column.
 _COUNT = re.compile(rb"[0-9]{1,12}")
 
-_Watch: TypeAlias = dict[tuple[str, ...], int]
-
-_SHARED_WATCH: _Watch = {
+_SHARED_WATCH: Mapping[tuple[str, ...], int] = {
     ("size",): SCALAR_BYTES,
     ("quality",): SCALAR_BYTES,
     ("error",): SCALAR_BYTES,
     **{("usage", count): SCALAR_BYTES for count in _COUNTS},
 }
-_DOCUMENT_WATCH: _Watch = {
-    **_SHARED_WATCH,
-    ("created",): SCALAR_BYTES,
-    ("data",): SCALAR_BYTES,
-    ("data", "*"): SCALAR_BYTES,
-    ("data", "*", "b64_json"): IMAGE_PREFIX_BYTES,
-    ("data", "*", "url"): IMAGE_PREFIX_BYTES,
-}
-_EVENT_WATCH: _Watch = {
-    **_SHARED_WATCH,
-    ("type",): NAME_BYTES,
-    ("b64_json",): IMAGE_PREFIX_BYTES,
-    ("url",): IMAGE_PREFIX_BYTES,
-}
+_DOCUMENT_WATCH = Watch(
+    {
+        **_SHARED_WATCH,
+        ("created",): SCALAR_BYTES,
+        ("data",): SCALAR_BYTES,
+        ("data", "*"): SCALAR_BYTES,
+        ("data", "*", "b64_json"): IMAGE_PREFIX_BYTES,
+        ("data", "*", "url"): IMAGE_PREFIX_BYTES,
+    }
+)
+_EVENT_WATCH = Watch(
+    {
+        **_SHARED_WATCH,
+        ("type",): NAME_BYTES,
+        ("b64_json",): IMAGE_PREFIX_BYTES,
+        ("url",): IMAGE_PREFIX_BYTES,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

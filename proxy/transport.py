@@ -21,6 +21,9 @@ import httpx2
 # keep idle connections for five seconds and more; one that was idle for longer than this is not used again.
 IDLE_SECONDS = 2.0
 
+# Up to this a body's first piece is copied behind the head, so that both are one write and one packet.
+JOINED_BYTES_MAX = 64 * 1024
+
 # Of an answer, what may wait in memory for its reader before the upstream is held back, and when it may go on. One read
 # brings up to 256 KB, which may come on top: an answer gets no faster from more than that.
 WAITING_BYTES_HIGH = 64 * 1024
@@ -141,8 +144,13 @@ class _Connection(asyncio.Protocol):
 
     async def send(self, head: bytes, body: AsyncIterator[bytes]) -> None:
         """Send a request. Returns early when the answer comes first, or raises when the connection ends before it does."""
-        self._transport.write(head)
         async for piece in body:
+            # One packet where that is cheap; a head without a body would only make the other side wait.
+            if len(piece) <= JOINED_BYTES_MAX:
+                piece, head = head + piece, b""
+            elif head:
+                self._transport.write(head)
+                head = b""
             if piece:
                 self._transport.write(piece)
             while not self._writable and not self._decided():
@@ -150,6 +158,8 @@ class _Connection(asyncio.Protocol):
             if self._decided():
                 break
         else:
+            if head:
+                self._transport.write(head)
             self._sent = True
         while not self._decided():
             await self._sleep()
@@ -189,6 +199,11 @@ class _Connection(asyncio.Protocol):
             return False
         self._ended = False
         return True
+
+    @property
+    def ended(self) -> bool:
+        """Whether the whole answer is here."""
+        return self._ended
 
     def _decided(self) -> bool:
         """Whether the answer has begun, or can't begin any more."""
@@ -263,7 +278,8 @@ class Transport(httpx2.AsyncBaseTransport):
             connection.release()
             raise
         body = _Body(connection)
-        return httpx2.Response(connection.status, headers=connection.headers, stream=body)
+        extensions = {"arrived": connection.ended}
+        return httpx2.Response(connection.status, headers=connection.headers, stream=body, extensions=extensions)
 
     async def aclose(self) -> None:
         """Close what is idle."""

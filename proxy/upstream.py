@@ -31,12 +31,14 @@ class BrokeOff(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer that has begun. ``framing`` is how its end is told; ``length`` counts body bytes where that is by length."""
+    """An answer that has begun. ``framing`` is how its end is told; ``length`` counts body bytes where that is by length.
+    ``arrived``: all of it is here already, with the head."""
 
     status: int
     headers: Headers
     framing: Framing
     length: int | None
+    arrived: bool
     _response: httpx2.Response
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -67,11 +69,11 @@ class Upstream:
     """BeansAI at one base URL, such as ``https://api.beansai.dev/v1``."""
 
     def __init__(self, base_url: str, verify: ssl.SSLContext | bool = True) -> None:
-        self._base_url = base_url
         parts = urlsplit(base_url)
         self._path = parts.path.encode("ascii")
         self.host = parts.netloc.encode("ascii")
-        url = httpx2.URL(base_url)
+        # Parsed once: where it goes never changes, and what is asked for is the target below.
+        self._url = url = httpx2.URL(base_url)
         tls = httpx2.create_ssl_context(verify=verify) if url.scheme == "https" else None
         self._transport = Transport(url, connect_seconds=CONNECT_SECONDS, tls=tls)
 
@@ -84,7 +86,7 @@ class Upstream:
         target = self._path + path.encode("ascii") + (b"?" + query if query else b"")
         request = httpx2.Request(
             "POST",
-            self._base_url + path,
+            self._url,
             headers=list(headers),
             stream=_Body(body()),
             extensions={"target": target},
@@ -101,7 +103,7 @@ class Upstream:
             raise BrokeOff(f"status {response.status_code}")
         raw = response.headers.raw
         framing, length = _framing(response.status_code, raw)
-        return Answer(response.status_code, raw, framing, length, response)
+        return Answer(response.status_code, raw, framing, length, response.extensions["arrived"], response)
 
     async def close(self) -> None:
         """Drop all connections."""

@@ -2,7 +2,8 @@
 
 The only file that moves money. A team's row is locked first, in the order of ids, so whatever belongs to one team happens
 one after the other, in every process, and no two processes wait for each other in a circle. What is then read can't change
-before the commit, so the rules in ``decisions`` see the truth.
+before the commit, so the rules in ``decisions`` see the truth. A transaction reads once and writes once, whatever the size
+of its batch.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
-from typing import Any, cast
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, and_, bindparam, case, func, or_, select
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy import Connection, func, select
 
 from proxy import periods
 from proxy.ledger.decisions import (
@@ -28,15 +27,56 @@ from proxy.ledger.decisions import (
     KeyRefused,
     Pace,
     Reservation,
+    State,
     admit,
     out_of_pace,
     recognise,
 )
 from proxy.ledger.history import earlier_charges, paces_of
-from proxy.ledger.schema import balances, budgets, charges, keys, rollups, teams
+from proxy.ledger.schema import balances, rollups, teams
+from proxy.ledger.statements import Parameters, Statement, instant, read, write
 from proxy.periods import Period
 
-_RollupKey = tuple[date, int, str, str, str, str, str]
+
+class _Heading(NamedTuple):
+    """The row of the daily sums that a charge is part of."""
+
+    day: date
+    team_id: int
+    key_id: str
+    model: str
+    operation: str
+    size: str
+    quality: str
+
+
+class _Charge(NamedTuple):
+    """What booking a charge needs to know of it."""
+
+    id: str
+    team_id: int
+    key_id: str
+    model: str
+    operation: str
+    size: str
+    quality: str
+    state: State
+    images_delivered: int
+    settled_micro_usd: int
+    reserved_micro_usd: int
+    created_at: datetime
+
+    @property
+    def heading(self) -> _Heading:
+        return _Heading(
+            periods.start("day", self.created_at),
+            self.team_id,
+            self.key_id,
+            self.model,
+            self.operation,
+            self.size,
+            self.quality,
+        )
 
 
 @dataclass(slots=True)
@@ -46,24 +86,40 @@ class _Sums:
     settled: int = 0
     reserved: int = 0
 
+    def add(self, requests: int, images: int, settled: int, reserved: int) -> None:
+        self.requests += requests
+        self.images += images
+        self.settled += settled
+        self.reserved += reserved
+
 
 @dataclass(slots=True)
-class _Movements:
-    """What one transaction adds to balances and rollups; summed here, so each row is written once a batch."""
+class _Page:
+    """What a transaction has read, with what its own batch changes of it, and what it has to write."""
 
-    balances: dict[tuple[int, date], tuple[int, int]] = field(default_factory=dict)
-    rollups: defaultdict[_RollupKey, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
+    archived_at: dict[int, datetime | None]
+    keys: dict[str, tuple[int, datetime | None, datetime | None]]
+    charges: dict[str, _Charge]
+    budgets: defaultdict[int, list[Balance]]
+    # The budgets whose current period has no row yet.
+    unopened: set[int]
+    limited: bool
+    ended: list[Parameters] = field(default_factory=list)
+    begun: list[Parameters] = field(default_factory=list)
+    # What moves, summed here, so each row is written once a batch: (settled, held) by budget and period, sums by heading.
+    moved: dict[tuple[int, date], tuple[int, int]] = field(default_factory=dict)
+    sums: defaultdict[_Heading, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
 
-    def on_balance(self, budget_id: int, period_start: date, settled: int, held: int) -> None:
-        before = self.balances.get((budget_id, period_start), (0, 0))
-        self.balances[budget_id, period_start] = (before[0] + settled, before[1] + held)
+    def move(self, budget_id: int, period_start: date, settled: int, held: int) -> None:
+        before = self.moved.get((budget_id, period_start), (0, 0))
+        self.moved[budget_id, period_start] = (before[0] + settled, before[1] + held)
 
 
-def lock_teams(connection: Connection, team_ids: Iterable[int]) -> dict[int, datetime | None]:
-    """Lock these teams' rows for the rest of the transaction, always in the same order; when each was archived, by id."""
-    query = select(teams.c.id, teams.c.archived_at).where(teams.c.id.in_(sorted(set(team_ids)))).order_by(teams.c.id)
+def lock_teams(connection: Connection, team_ids: Iterable[int]) -> None:
+    """Lock these teams' rows for the rest of the transaction, always in the same order."""
+    query = select(teams.c.id).where(teams.c.id.in_(sorted(set(team_ids)))).order_by(teams.c.id)
     # Rows that point at a team may still be added meanwhile: only its money waits.
-    return {row.id: row.archived_at for row in connection.execute(query.with_for_update(key_share=True))}
+    connection.execute(query.with_for_update(key_share=True)).all()
 
 
 def post(
@@ -74,52 +130,165 @@ def post(
     Answers one decision a reservation, in order; they hold only once the caller has committed. A booking whose charge is
     unknown or has ended already changes nothing.
     """
-    locked = lock_teams(connection, [job.team_id for job in reservations] + [job.team_id for job in bookings])
-    moves = _Movements()
-    if bookings:
-        _book(connection, bookings, moves, now)
-        _write_balances(connection, moves)
-        moves.balances.clear()
-    decisions = _reserve(connection, locked, reservations, moves, now) if reservations else []
-    _write_balances(connection, moves)
-    _write_rollups(connection, moves)
+    page = _read(connection, reservations, bookings, now)
+    _book(page, bookings, now)
+    decisions = _reserve(connection, page, reservations, now) if reservations else []
+    _write(connection, page)
     return decisions
+
+
+# Reading
+
+_LOCK_TEAMS = Statement("SELECT id, archived_at FROM teams WHERE id IN :teams[] ORDER BY id FOR NO KEY UPDATE")
+
+_KEYS = Statement("SELECT id, team_id, expires_at, revoked_at FROM keys WHERE id IN :keys[]")
+
+_CHARGES = Statement(f"SELECT {', '.join(_Charge._fields)} FROM charges WHERE id IN :charges[]")
+
+_BUDGETS = Statement("""
+    SELECT b.id, b.team_id, b.key_id, b.period, b.soft, b.limit_micro_usd, p.settled_micro_usd, p.held_micro_usd
+    FROM budgets b LEFT JOIN balances p ON p.budget_id = b.id AND p.period_start =
+        CASE b.period WHEN 'day' THEN :day WHEN 'week' THEN :week WHEN 'month' THEN :month ELSE :total END
+    WHERE b.team_id IN :teams[] AND (
+        b.key_id IS NULL OR b.key_id IN :keys[] OR b.key_id IN (SELECT key_id FROM charges WHERE id IN :charges[])
+    )
+    ORDER BY b.id""")
+
+_LIMITED = Statement("SELECT 1 FROM limits WHERE team_id IN :teams[] LIMIT 1")
+
+
+def _read(connection: Connection, reservations: Sequence[Reservation], bookings: Sequence[Booking], now: datetime) -> _Page:
+    """All that the batch depends on, with its teams locked before anything else is looked at."""
+    team_ids = sorted({job.team_id for job in reservations} | {job.team_id for job in bookings})
+    key_ids = sorted({job.key_id for job in reservations})
+    charge_ids = sorted({job.charge_id for job in bookings})
+    starts: dict[str, object] = {period: periods.start(period, now) for period in periods.PERIODS}
+    locked, keys, charges, budgets, limited = read(
+        connection,
+        (_LOCK_TEAMS, {"teams": team_ids}),
+        (_KEYS, {"keys": key_ids}),
+        # Another process's booking of the same charge is either seen here or waits for us.
+        (_CHARGES, {"charges": charge_ids}),
+        (_BUDGETS, {"teams": team_ids, "keys": key_ids, "charges": charge_ids, **starts}),
+        (_LIMITED, {"teams": team_ids}),
+    )
+    page = _Page(
+        archived_at=dict(locked),
+        keys={row[0]: row[1:] for row in keys},
+        charges={row[0]: _Charge._make((*row[:-1], instant(row[-1]))) for row in charges},
+        budgets=defaultdict(list),
+        unopened=set(),
+        limited=bool(limited),
+    )
+    for budget_id, team_id, key_id, period, soft, limit, settled, held in budgets:
+        if settled is None:
+            page.unopened.add(budget_id)
+        page.budgets[team_id].append(
+            Balance(
+                budget_id=budget_id,
+                scope="team" if key_id is None else "key",
+                key_id=key_id,
+                period=period,
+                soft=bool(soft),
+                limit_micro_usd=limit,
+                settled_micro_usd=settled or 0,
+                held_micro_usd=held or 0,
+            )
+        )
+    return page
+
+
+# Booking
+
+
+def _book(page: _Page, bookings: Iterable[Booking], now: datetime) -> None:
+    for job in bookings:
+        charge = page.charges.get(job.charge_id)
+        outcome = job.outcome
+        if charge is None or outcome.state not in NEXT[charge.state]:
+            continue
+        after = charge._replace(
+            state=outcome.state,
+            settled_micro_usd=outcome.settled_micro_usd,
+            reserved_micro_usd=outcome.reserved_micro_usd,
+            images_delivered=outcome.images_delivered,
+            size=outcome.size,
+            quality=outcome.quality,
+        )
+        page.charges[job.charge_id] = after
+        page.ended.append(
+            {
+                "id": job.charge_id,
+                "state": outcome.state,
+                "settled_micro_usd": outcome.settled_micro_usd,
+                "reserved_micro_usd": outcome.reserved_micro_usd,
+                "images_delivered": outcome.images_delivered,
+                "size": outcome.size,
+                "quality": outcome.quality,
+                "basis": outcome.basis,
+                "reason": outcome.reason,
+                "upstream_status": job.upstream_status,
+                "upstream_cost_micro_usd": job.upstream_cost_micro_usd,
+                "upstream_request_id": job.upstream_request_id,
+                "input_tokens": job.input_tokens,
+                "output_tokens": job.output_tokens,
+                "finished_at": now,
+            }
+        )
+        _move(page, charge, after, now)
+
+
+def _move(page: _Page, before: _Charge, after: _Charge, now: datetime) -> None:
+    """Carry the change of one charge over to the balances of its own period and to its day's sums."""
+    created_at = before.created_at
+    settled = after.settled_micro_usd - before.settled_micro_usd
+    held = after.reserved_micro_usd - before.reserved_micro_usd
+    for balance in page.budgets[before.team_id]:
+        if balance.key_id in (None, before.key_id):
+            start = periods.start(balance.period, created_at)
+            page.move(balance.budget_id, start, settled, held)
+            if start == periods.start(balance.period, now):
+                balance.settled_micro_usd += settled
+                balance.held_micro_usd += held
+    for charge, sign in ((before, -1), (after, 1)):
+        page.sums[charge.heading].add(
+            sign, sign * charge.images_delivered, sign * charge.settled_micro_usd, sign * charge.reserved_micro_usd
+        )
 
 
 # Reserving
 
 
-def _reserve(
-    connection: Connection,
-    locked: dict[int, datetime | None],
-    reservations: Sequence[Reservation],
-    moves: _Movements,
-    now: datetime,
-) -> list[Decision]:
-    valid = _valid_keys(connection, locked, reservations, now)
-    open_budgets = _balances_of(connection, reservations, moves, now)
-    paces = paces_of(connection, reservations, now)
-    used = earlier_charges(connection, reservations)
+def _reserve(connection: Connection, page: _Page, reservations: Sequence[Reservation], now: datetime) -> list[Decision]:
+    paces: defaultdict[int, list[Pace]] = defaultdict(list)
+    used: dict[tuple[int, bytes], Earlier] = {}
+    if page.limited or page.unopened or any(job.repeat for job in reservations):
+        # What is counted and added up now has to have this batch's bookings in it.
+        _write(connection, page)
+        paces = paces_of(connection, reservations, now)
+        used = earlier_charges(connection, reservations)
+        _open_balances(connection, page, now)
     decisions: list[Decision] = []
-    rows: list[dict[str, object]] = []
     for job in reservations:
         decision: Decision = KeyRefused()
-        if (job.key_id, job.team_id) in valid:
+        if _may_spend(page, job, now):
             own_paces = [pace for pace in paces[job.team_id] if pace.key_id in (None, job.key_id)]
-            applying = [balance for balance in open_budgets[job.team_id] if balance.key_id in (None, job.key_id)]
+            applying = [balance for balance in page.budgets[job.team_id] if balance.key_id in (None, job.key_id)]
             decision = _decide(job, used, own_paces, applying, now)
         decisions.append(decision)
-        if not isinstance(decision, Admitted):
-            continue
-        for balance in applying:
-            moves.on_balance(balance.budget_id, periods.start(balance.period, now), 0, job.hold_micro_usd)
-        rows.append(_charge_row(job, now))
-        sums = moves.rollups[_rollup_key(rows[-1], now)]
-        sums.requests += 1
-        sums.reserved += job.hold_micro_usd
-    if rows:
-        connection.execute(charges.insert(), rows)
+        if isinstance(decision, Admitted):
+            for balance in applying:
+                page.move(balance.budget_id, periods.start(balance.period, now), 0, job.hold_micro_usd)
+            _begin(page, job, now)
     return decisions
+
+
+def _may_spend(page: _Page, job: Reservation, now: datetime) -> bool:
+    """Whether key and team may spend at this instant; what a process remembers of a key is not asked."""
+    if page.archived_at.get(job.team_id, now) is not None:
+        return False
+    team_id, expires_at, revoked_at = page.keys.get(job.key_id, (None, None, None))
+    return team_id == job.team_id and revoked_at is None and (expires_at is None or instant(expires_at) > now)
 
 
 def _decide(
@@ -146,56 +315,51 @@ def _decide(
     return decision
 
 
-def _valid_keys(
-    connection: Connection, locked: dict[int, datetime | None], reservations: Sequence[Reservation], now: datetime
-) -> set[tuple[str, int]]:
-    """The (key, team) pairs that may spend at this instant; what a process remembers of a key is not asked."""
-    wanted = {job.key_id for job in reservations}
-    query = select(keys.c.id, keys.c.team_id, keys.c.expires_at).where(keys.c.id.in_(wanted), keys.c.revoked_at.is_(None))
-    return {
-        (row.id, row.team_id)
-        for row in connection.execute(query)
-        if (row.expires_at is None or row.expires_at > now) and row.team_id in locked and locked[row.team_id] is None
-    }
-
-
-def _balances_of(
-    connection: Connection, reservations: Sequence[Reservation], moves: _Movements, now: datetime
-) -> defaultdict[int, list[Balance]]:
-    """The budgets of these teams in their current periods, by team; a period without a row yet gets its row."""
-    current = case(*((budgets.c.period == period, periods.start(period, now)) for period in periods.PERIODS))
-    query = (
-        select(budgets, balances.c.period_start, balances.c.settled_micro_usd, balances.c.held_micro_usd)
-        .outerjoin(balances, and_(balances.c.budget_id == budgets.c.id, balances.c.period_start == current))
-        .where(
-            budgets.c.team_id.in_({job.team_id for job in reservations}),
-            or_(budgets.c.key_id.is_(None), budgets.c.key_id.in_({job.key_id for job in reservations})),
-        )
-        .order_by(budgets.c.id)
+def _begin(page: _Page, job: Reservation, now: datetime) -> None:
+    # Nothing is awaited between this commit and the sending, so the charge is written as forwarded at once: a process that
+    # dies in between leaves a review at the most, never a forgotten image.
+    order = job.order
+    page.begun.append(
+        {
+            "id": job.charge_id,
+            "request_id": job.request_id,
+            "team_id": job.team_id,
+            "key_id": job.key_id,
+            "operation": order.operation,
+            "model": order.model,
+            "size": order.size,
+            "quality": order.quality,
+            "asked_size": order.size,
+            "asked_quality": order.quality,
+            "stream": order.stream,
+            "images_requested": order.n,
+            "images_delivered": 0,
+            "state": "forwarded",
+            "hold_micro_usd": job.hold_micro_usd,
+            "reserved_micro_usd": job.hold_micro_usd,
+            "settled_micro_usd": 0,
+            "price_card": job.price_card,
+            "idempotency_digest": job.repeat.key_digest if job.repeat else None,
+            "body_digest": job.repeat.body_digest if job.repeat else None,
+            "created_at": now,
+            "deadline_at": now + timedelta(seconds=job.timeout_seconds),
+        }
     )
-    rows = connection.execute(query).all()
-    if any(row.period_start is None for row in rows):
-        # A new row starts from the daily sums, and what this batch has booked belongs to them.
-        _write_rollups(connection, moves)
-        moves.rollups.clear()
-    found: defaultdict[int, list[Balance]] = defaultdict(list)
-    for row in rows:
-        settled, held = row.settled_micro_usd, row.held_micro_usd
-        if row.period_start is None:
-            settled, held = open_balance(connection, row.id, row.team_id, row.key_id, row.period, now)
-        found[row.team_id].append(
-            Balance(
-                budget_id=row.id,
-                scope="team" if row.key_id is None else "key",
-                key_id=row.key_id,
-                period=row.period,
-                soft=row.soft,
-                limit_micro_usd=row.limit_micro_usd,
-                settled_micro_usd=settled,
-                held_micro_usd=held,
-            )
-        )
-    return found
+    heading = _Heading(
+        periods.start("day", now), job.team_id, job.key_id, order.model, order.operation, order.size, order.quality
+    )
+    page.sums[heading].add(1, 0, 0, job.hold_micro_usd)
+
+
+def _open_balances(connection: Connection, page: _Page, now: datetime) -> None:
+    """Write the rows of periods that have just begun."""
+    for team_id, team_budgets in page.budgets.items():
+        for balance in team_budgets:
+            if balance.budget_id in page.unopened:
+                balance.settled_micro_usd, balance.held_micro_usd = open_balance(
+                    connection, balance.budget_id, team_id, balance.key_id, balance.period, now
+                )
+    page.unopened.clear()
 
 
 def open_balance(
@@ -220,173 +384,64 @@ def open_balance(
     return settled, held
 
 
-def _charge_row(job: Reservation, now: datetime) -> dict[str, object]:
-    # Nothing is awaited between this commit and the sending, so the charge is written as forwarded at once: a process that
-    # dies in between leaves a review at the most, never a forgotten image.
-    return {
-        "id": job.charge_id,
-        "request_id": job.request_id,
-        "team_id": job.team_id,
-        "key_id": job.key_id,
-        "operation": job.order.operation,
-        "model": job.order.model,
-        "size": job.order.size,
-        "quality": job.order.quality,
-        "asked_size": job.order.size,
-        "asked_quality": job.order.quality,
-        "stream": job.order.stream,
-        "images_requested": job.order.n,
-        "images_delivered": 0,
-        "state": "forwarded",
-        "hold_micro_usd": job.hold_micro_usd,
-        "reserved_micro_usd": job.hold_micro_usd,
-        "settled_micro_usd": 0,
-        "price_card": job.price_card,
-        "idempotency_digest": job.repeat.key_digest if job.repeat else None,
-        "body_digest": job.repeat.body_digest if job.repeat else None,
-        "created_at": now,
-        "deadline_at": now + timedelta(seconds=job.timeout_seconds),
-    }
-
-
-# Booking
+# Writing
 
 _OF_UPSTREAM = ("upstream_status", "upstream_cost_micro_usd", "upstream_request_id", "input_tokens", "output_tokens")
 
-_BOOKED = (
-    "state",
-    "settled_micro_usd",
-    "reserved_micro_usd",
-    "images_delivered",
-    "size",
-    "quality",
-    "basis",
-    "reason",
-    *_OF_UPSTREAM,
-    "finished_at",
+# Whoever settles a review knows nothing new of the upstream: what was written of it stays.
+_END = Statement(f"""
+    UPDATE charges SET state = :state, settled_micro_usd = :settled_micro_usd, reserved_micro_usd = :reserved_micro_usd,
+        images_delivered = :images_delivered, size = :size, quality = :quality, basis = :basis, reason = :reason,
+        {", ".join(f"{name} = coalesce(:{name}, {name})" for name in _OF_UPSTREAM)}, finished_at = :finished_at
+    WHERE id = :id""")
+
+_COLUMNS = (
+    *("id", "request_id", "team_id", "key_id", "operation", "model", "size", "quality", "asked_size", "asked_quality"),
+    *("stream", "images_requested", "images_delivered", "state", "hold_micro_usd", "reserved_micro_usd"),
+    *("settled_micro_usd", "price_card", "idempotency_digest", "body_digest", "created_at", "deadline_at"),
 )
 
-_UPDATE_CHARGE = (
-    charges.update().where(charges.c.id == bindparam("charge_id")).values({name: bindparam(name) for name in _BOOKED})
-)
+_BEGIN = Statement(f"INSERT INTO charges ({', '.join(_COLUMNS)}) VALUES ({', '.join(f':{name}' for name in _COLUMNS)})")
+
+_MOVE = Statement("""
+    UPDATE balances SET settled_micro_usd = settled_micro_usd + :settled, held_micro_usd = held_micro_usd + :held
+    WHERE budget_id = :budget AND period_start = :start""")
+
+_ADDED = ("requests", "images", "settled_micro_usd", "reserved_micro_usd")
+
+_ADD = Statement(f"""
+    INSERT INTO rollups ({", ".join((*_Heading._fields, *_ADDED))})
+    VALUES ({", ".join(f":{name}" for name in (*_Heading._fields, *_ADDED))})
+    ON CONFLICT ({", ".join(_Heading._fields)}) DO UPDATE SET
+        {", ".join(f"{name} = rollups.{name} + excluded.{name}" for name in _ADDED)}""")
+
+# A row that something is taken from is there already, and a row to be inserted may hold nothing below zero.
+_TAKE = Statement(f"""
+    UPDATE rollups SET {", ".join(f"{name} = {name} + :{name}" for name in _ADDED)}
+    WHERE {" AND ".join(f"{name} = :{name}" for name in _Heading._fields)}""")
 
 
-def _book(connection: Connection, bookings: Sequence[Booking], moves: _Movements, now: datetime) -> None:
-    # Read after the teams are locked: another process's booking of the same charge is either seen here or waits for us.
-    rows = {
-        row.id: row._asdict()
-        for row in connection.execute(select(charges).where(charges.c.id.in_({job.charge_id for job in bookings})))
-    }
-    budgets_of = _budgets_of(connection, {job.team_id for job in bookings})
-    written: list[dict[str, object]] = []
-    for job in bookings:
-        row = rows.get(job.charge_id)
-        if row is None or job.outcome.state not in NEXT[row["state"]]:
-            continue
-        after = {**row, **_ending(job, row, now)}
-        _move(moves, budgets_of[job.team_id], row, after)
-        rows[job.charge_id] = after
-        written.append({name: after[name] for name in _BOOKED} | {"charge_id": job.charge_id})
-    if written:
-        connection.execute(_UPDATE_CHARGE, written)
-
-
-def _ending(job: Booking, row: dict[str, Any], now: datetime) -> dict[str, object]:
-    outcome = job.outcome
-    return {
-        "state": outcome.state,
-        "settled_micro_usd": outcome.settled_micro_usd,
-        "reserved_micro_usd": outcome.reserved_micro_usd,
-        "images_delivered": outcome.images_delivered,
-        "size": outcome.size,
-        "quality": outcome.quality,
-        "basis": outcome.basis,
-        "reason": outcome.reason,
-        # Whoever settles a review knows nothing new of the upstream: what was written of it stays.
-        **{name: row[name] if getattr(job, name) is None else getattr(job, name) for name in _OF_UPSTREAM},
-        "finished_at": now,
-    }
-
-
-def _budgets_of(connection: Connection, team_ids: set[int]) -> defaultdict[int, list[Row[Any]]]:
-    found: defaultdict[int, list[Row[Any]]] = defaultdict(list)
-    for row in connection.execute(select(budgets).where(budgets.c.team_id.in_(team_ids)).order_by(budgets.c.id)):
-        found[row.team_id].append(row)
-    return found
-
-
-def _move(moves: _Movements, team_budgets: Iterable[Row[Any]], before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Carry the change of one charge over to the balances of its own period and to its day's rollup."""
-    created_at: datetime = before["created_at"]
-    settled = after["settled_micro_usd"] - before["settled_micro_usd"]
-    held = after["reserved_micro_usd"] - before["reserved_micro_usd"]
-    for budget in team_budgets:
-        if budget.key_id in (None, before["key_id"]):
-            moves.on_balance(budget.id, periods.start(budget.period, created_at), settled, held)
-    for row, sign in ((before, -1), (after, 1)):
-        sums = moves.rollups[_rollup_key(row, created_at)]
-        sums.requests += sign
-        sums.images += sign * row["images_delivered"]
-        sums.settled += sign * row["settled_micro_usd"]
-        sums.reserved += sign * row["reserved_micro_usd"]
-
-
-# Sums
-
-_ADD_TO_BALANCE = (
-    balances.update()
-    .where(balances.c.budget_id == bindparam("budget"), balances.c.period_start == bindparam("start"))
-    .values(
-        settled_micro_usd=balances.c.settled_micro_usd + bindparam("settled"),
-        held_micro_usd=balances.c.held_micro_usd + bindparam("held"),
-    )
-)
-
-
-def _write_balances(connection: Connection, moves: _Movements) -> None:
-    # A budget that was set after the charge's period has no row for that period, and needs none.
-    rows = [
+def _write(connection: Connection, page: _Page) -> None:
+    """Write what has come together, and forget it: it is in the tables now."""
+    moves: list[Parameters] = [
         {"budget": budget_id, "start": start, "settled": settled, "held": held}
-        for (budget_id, start), (settled, held) in sorted(moves.balances.items())
+        for (budget_id, start), (settled, held) in sorted(page.moved.items())
+        # A budget that was set after the charge's period has no row for that period, and needs none.
         if settled or held
     ]
-    if rows:
-        connection.execute(_ADD_TO_BALANCE, rows)
+    added: list[Parameters] = []
+    taken: list[Parameters] = []
+    for heading, sums in sorted(page.sums.items(), key=_heading):
+        amounts = (sums.requests, sums.images, sums.settled, sums.reserved)
+        if any(amounts):
+            row = dict(zip((*_Heading._fields, *_ADDED), (*heading, *amounts), strict=True))
+            (taken if min(amounts) < 0 else added).append(row)
+    counts = write(connection, (_TAKE, taken), (_ADD, added), (_END, page.ended), (_BEGIN, page.begun), (_MOVE, moves))
+    if taken and counts[0] != len(taken):
+        raise RuntimeError("a charge is not part of its day's sums: nothing of this batch is written")
+    page.ended, page.begun, page.moved = [], [], {}
+    page.sums.clear()
 
 
-_ROLLUP_KEY = ("day", "team_id", "key_id", "model", "operation", "size", "quality")
-
-_ADD_TO_ROLLUP = (
-    rollups.update()
-    .where(*(rollups.c[name] == bindparam(f"k_{name}") for name in _ROLLUP_KEY))
-    .values(
-        requests=rollups.c.requests + bindparam("d_requests"),
-        images=rollups.c.images + bindparam("d_images"),
-        settled_micro_usd=rollups.c.settled_micro_usd + bindparam("d_settled"),
-        reserved_micro_usd=rollups.c.reserved_micro_usd + bindparam("d_reserved"),
-    )
-)
-
-
-def _rollup_key(row: dict[str, Any], created_at: datetime) -> _RollupKey:
-    return cast(
-        _RollupKey,
-        (periods.start("day", created_at), *(row[name] for name in _ROLLUP_KEY[1:])),
-    )
-
-
-def _write_rollups(connection: Connection, moves: _Movements) -> None:
-    changed = {key: sums for key, sums in moves.rollups.items() if sums != _Sums()}
-    if not changed:
-        return
-    empty = {"requests": 0, "images": 0, "settled_micro_usd": 0, "reserved_micro_usd": 0}
-    insert = (sqlite_insert if connection.dialect.name == "sqlite" else postgresql_insert)(rollups).on_conflict_do_nothing()
-    connection.execute(insert, [dict(zip(_ROLLUP_KEY, key, strict=True)) | empty for key in sorted(changed)])
-    connection.execute(
-        _ADD_TO_ROLLUP,
-        [
-            {f"k_{name}": value for name, value in zip(_ROLLUP_KEY, key, strict=True)}
-            | {"d_requests": sums.requests, "d_images": sums.images, "d_settled": sums.settled, "d_reserved": sums.reserved}
-            for key, sums in sorted(changed.items())
-        ],
-    )
+def _heading(item: tuple[_Heading, _Sums]) -> _Heading:
+    return item[0]

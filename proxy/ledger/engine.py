@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
@@ -134,6 +134,21 @@ class Database:
         """Give all connections back. None may be in use; what is asked later opens new ones."""
         self._writer.dispose()
         self._reader.dispose()
+
+
+@contextmanager
+def driver_of(connection: Connection) -> Iterator[Any]:
+    """The driver's own connection, within the transaction; what it raises comes as SQLAlchemy's error for it."""
+    dialect, proxied = connection.dialect, connection.connection
+    driver_error: type[Exception] = dialect.loaded_dbapi.Error
+    try:
+        yield proxied.driver_connection
+    except driver_error as error:
+        gone = dialect.is_disconnect(cast("Any", error), proxied, None)
+        if gone:
+            connection.invalidate(error)
+        # No statement and no values in its text: they would reach the log.
+        raise DBAPIError.instance(None, None, error, driver_error, connection_invalidated=gone, dialect=dialect) from error
 
 
 def _open(url: URL, *, writes: bool) -> Engine:

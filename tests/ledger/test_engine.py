@@ -140,9 +140,9 @@ def test_a_question_that_is_not_answered_is_given_up_with_its_thread(ledger: Led
         assert [type(end) for end in ends] == [TimeoutError] * asked
         monkeypatch.setattr(engine, "ANSWER_SECONDS", 30)
         assert await asyncio.gather(*(database.ask(count_teams) for _ in range(asked))) == [1] * asked
+        # Whoever had begun has come to an end.
         while len(ended) < ASKED_AT_ONCE:  # noqa: ASYNC110 -- it happens in threads
             await asyncio.sleep(0.01)
-        assert len(ended) == ASKED_AT_ONCE, "whoever had not begun never does"
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
