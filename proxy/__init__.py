@@ -3,15 +3,16 @@
 The rooms, from the ground up. A file imports only from floors below its own.
 
 - floor 0: ``money``, ``periods``, ``tokens``, ``errors``, ``headers``, ``skim``, ``images`` -- pure, know nothing of each other
-- floor 1: ``prices``, ``forms``, ``door`` -- pure: what an image costs, how a form is read, who may see the books
+- floor 1: ``prices``, ``forms``, ``door``, ``inputs`` -- pure: what an image costs, how a form is read, who may see the books,
+  how queries and documents are read
 - floor 2: ``orders``, ``taps`` -- pure: what a request asks for, and what an answer brought
 - floor 3: ``outcomes``, ``settings``, ``spool``, ``transport`` -- what an end means for the money, what the operator decides,
   bodies on disk, HTTP to one upstream
 - floor 4: ``ledger/``, ``upstream``, ``logs``, ``signals``, ``simulator/`` -- the database, the way to BeansAI, what the
   operating system tells, a BeansAI to try against
-- floor 5: ``metrics``, ``keyring``, ``refusals``, ``admin`` -- what is counted, who is calling, what a caller reads when the
-  ledger says no, what the operator sees
-- floor 6: ``exchange`` -- one exchange's life, from the hold to the books
+- floor 5: ``metrics``, ``keyring``, ``refusals``, ``usage`` -- what is counted, who is calling, what a caller reads when the
+  ledger says no, what tools read of prices and sums
+- floor 6: ``exchange``, ``admin/`` -- one exchange's life, from the hold to the books; what the operator sees and changes
 - floor 7: ``gateway``, ``endpoints`` -- from a client's request to an exchange, and what is asked with GET
 - floor 8: ``server``, ``supervisor`` -- the HTTP edge, and several processes behind one
 - floor 9: ``app`` -- wiring

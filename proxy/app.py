@@ -85,7 +85,7 @@ class _Shift:
             spool_directory=Path(settings.state_dir) / "spool",
         )
         door = Door(None if settings.admin_token is None else settings.admin_token.get_secret_value())
-        self.rest = make_endpoints(database, keyring, card, metrics, utc_now, door)
+        self.rest = make_endpoints(database, keyring, card, metrics, utc_now, door, settings.size_aliases)
         self._requests = 0
         self._quiet = asyncio.Event()
 

@@ -37,6 +37,11 @@ class Door:
         # Address -> when it failed lately, in seconds of a monotonic clock; the address that failed last comes last.
         self._failures: dict[str, list[float]] = {}
 
+    @property
+    def opens(self) -> bool:
+        """Whether anybody can come in at all."""
+        return self._digest is not None
+
     def enter(self, token: str | None, address: str, now: float) -> None:
         """Let somebody in. Raises :class:`Closed`, :class:`Throttled` or :class:`Wrong`."""
         if self._digest is None:

@@ -1,11 +1,13 @@
-"""What is asked with GET: models, the caller's budget, health, metrics. Nothing here holds or sends."""
+"""What is asked with GET: models, prices, the caller's budget and usage, health, metrics. Nothing here holds or sends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -13,9 +15,21 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from proxy.admin import make_admin
-from proxy.door import Door
-from proxy.errors import SOURCE_HEADER, LedgerUnavailable, MethodNotAllowed, ModelNotFound, Refusal, UnknownUrl
+from proxy import headers, usage
+from proxy.admin import PREFIX, make_admin
+from proxy.door import Closed, Door, Throttled, Wrong
+from proxy.errors import (
+    SOURCE_HEADER,
+    InvalidApiKey,
+    InvalidValue,
+    LedgerUnavailable,
+    MethodNotAllowed,
+    ModelNotFound,
+    RateLimitExceeded,
+    Refusal,
+    UnknownUrl,
+)
+from proxy.inputs import InputError, read_query
 from proxy.keyring import Keyring
 from proxy.ledger.accounts import KeyHolder
 from proxy.ledger.engine import Database
@@ -23,16 +37,26 @@ from proxy.ledger.migrate import require_current
 from proxy.ledger.reports import BudgetStatus, Figures, list_budgets, read_figures
 from proxy.metrics import NO_TEAM, Metrics
 from proxy.prices import PriceCard
-from proxy.tokens import new_request_id
+from proxy.tokens import KEY_PREFIX, new_request_id
 
 Clock = Callable[[], datetime]
 
+_DaysQuery = TypeVar("_DaysQuery", usage.ImagesQuery, usage.CostsQuery)
+
+_NAMING = f"{PREFIX}/".encode("ascii")
+
 
 def make_endpoints(
-    database: Database, keyring: Keyring, card: PriceCard, metrics: Metrics, clock: Clock, door: Door
+    database: Database,
+    keyring: Keyring,
+    card: PriceCard,
+    metrics: Metrics,
+    clock: Clock,
+    door: Door,
+    aliases: Mapping[str, str],
 ) -> ASGIApp:
     """The application for everything but the priced paths."""
-    endpoints = _Endpoints(database, keyring, card, metrics, clock)
+    endpoints = _Endpoints(database, keyring, card, metrics, clock, door, aliases)
     app = Starlette(
         routes=[
             Route("/livez", endpoints.livez),
@@ -41,7 +65,10 @@ def make_endpoints(
             Route("/v1/models", endpoints.models),
             Route("/v1/models/{model}", endpoints.model),
             Route("/v1/budget", endpoints.budget),
-            *make_admin(database, door, clock),
+            Route("/v1/prices", endpoints.prices),
+            Route("/v1/organization/usage/images", endpoints.images),
+            Route("/v1/organization/costs", endpoints.costs),
+            *make_admin(database, door, clock, card, aliases),
         ],
         exception_handlers={
             Refusal: endpoints.refuse,
@@ -57,8 +84,9 @@ def make_endpoints(
 
 def _exact(app: ASGIApp) -> ASGIApp:
     async def exact(scope: Scope, receive: Receive, send: Send) -> None:
-        # The router matches the decoded path; a path that needed decoding is another spelling.
-        if scope["type"] == "http" and b"%" in scope["raw_path"]:
+        # The router matches the decoded path; a path that needed decoding is another spelling. An operator's path has names in
+        # it, which no other spelling can say.
+        if scope["type"] == "http" and b"%" in scope["raw_path"] and not scope["raw_path"].startswith(_NAMING):
             scope = {**scope, "path": "/%"}
         await app(scope, receive, send)
 
@@ -66,12 +94,23 @@ def _exact(app: ASGIApp) -> ASGIApp:
 
 
 class _Endpoints:
-    def __init__(self, database: Database, keyring: Keyring, card: PriceCard, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        database: Database,
+        keyring: Keyring,
+        card: PriceCard,
+        metrics: Metrics,
+        clock: Clock,
+        door: Door,
+        aliases: Mapping[str, str],
+    ) -> None:
         self._database = database
         self._keyring = keyring
         self._card = card
         self._metrics = metrics
         self._clock = clock
+        self._door = door
+        self._aliases = aliases
 
     async def livez(self, _request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -113,6 +152,18 @@ class _Endpoints:
             raise LedgerUnavailable from error
         return JSONResponse({"team": caller.team, "key_id": caller.key_id, "budgets": [_budget(row) for row in budgets]})
 
+    async def prices(self, request: Request) -> Response:
+        await self._team_seen(request)
+        return JSONResponse(usage.list_prices(self._card, self._aliases))
+
+    async def images(self, request: Request) -> Response:
+        query, team = await self._days_asked(usage.ImagesQuery, request)
+        return await self._sums(lambda connection: usage.read_images(connection, query, team, self._clock()))
+
+    async def costs(self, request: Request) -> Response:
+        query, team = await self._days_asked(usage.CostsQuery, request)
+        return await self._sums(lambda connection: usage.read_costs(connection, query, team, self._clock()))
+
     async def refuse(self, request: Request, error: Exception) -> Response:
         """A refusal, as the gateway answers it."""
         assert isinstance(error, Refusal)
@@ -141,6 +192,35 @@ class _Endpoints:
 
     async def _caller(self, request: Request) -> KeyHolder:
         return await self._keyring.holder(request.scope["headers"])
+
+    async def _team_seen(self, request: Request) -> str | None:
+        """The team of the caller's key, which sees its own; ``None`` for the admin token, which sees all."""
+        token = headers.bearer(request.scope["headers"])
+        # A client with a broken key must not use up the tries of an operator behind the same address.
+        if token is None or token.startswith(KEY_PREFIX):
+            return (await self._caller(request)).team
+        try:
+            self._door.enter(token, request.client.host if request.client is not None else "", time.monotonic())
+        except (Closed, Wrong):
+            raise InvalidApiKey from None
+        except Throttled as throttled:
+            raise RateLimitExceeded("Too many wrong tokens from this address.", throttled.retry_after_seconds) from None
+        return None
+
+    async def _days_asked(self, model: type[_DaysQuery], request: Request) -> tuple[_DaysQuery, str | None]:
+        team = await self._team_seen(request)
+        try:
+            return read_query(model, request.query_params.multi_items()), team
+        except InputError as error:
+            raise InvalidValue(f"{error.message}.", error.field or "") from None
+
+    async def _sums(self, read: Callable[[Connection], dict[str, Any]]) -> Response:
+        try:
+            return JSONResponse(await self._database.ask(read))
+        except InputError as error:
+            raise InvalidValue(f"{error.message}.", error.field or "") from None
+        except (SQLAlchemyError, OSError) as error:
+            raise LedgerUnavailable from error
 
 
 def _text(header: tuple[bytes, bytes]) -> tuple[str, str]:

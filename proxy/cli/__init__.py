@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from proxy import __version__
-from proxy.cli import budgets, doctor, keys, limits, prices, reports, reviews, running, teams
+from proxy.cli import apply, budgets, doctor, keys, limits, ping, prices, reports, reviews, running, teams
 from proxy.cli.failures import explain
 
 app = typer.Typer(
@@ -33,10 +33,12 @@ app.command()(running.demo)
 app.command()(running.simulator)
 app.command()(running.migrate)
 app.command()(doctor.doctor)
+app.command()(ping.ping)
 app.add_typer(teams.app, name="team")
 app.add_typer(keys.app, name="key")
 app.add_typer(budgets.app, name="budget")
 app.add_typer(limits.app, name="limit")
+app.command()(apply.apply)
 app.command()(prices.prices)
 app.command()(reports.spend)
 app.command()(reports.charges)

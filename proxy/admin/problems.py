@@ -1,0 +1,55 @@
+"""How the admin API says no: problems as in RFC 9457. Their statuses are decided only here and in ``operations``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.responses import Response
+
+from proxy.ledger.accounts import AccountError
+
+MEDIA_TYPE = "application/problem+json"
+
+TITLES = {
+    400: "Bad Request",
+    401: "Unauthorized",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    409: "Conflict",
+    413: "Content Too Large",
+    415: "Unsupported Media Type",
+    422: "Unprocessable Content",
+    429: "Too Many Requests",
+    503: "Service Unavailable",
+}
+
+
+class Problem(Exception):
+    """Something that can't be done. ``field`` names the part of the request at fault, ``None`` where none is."""
+
+    def __init__(self, status: int, detail: str, field: str | None = None, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.field = field
+        self.headers = headers or {}
+
+    def response(self) -> Response:
+        """The problem as it is answered."""
+        told = {"type": "about:blank", "title": TITLES[self.status], "status": self.status, "detail": self.detail}
+        if self.field is not None:
+            told["field"] = self.field
+        response = Response(json.dumps(told), self.status, media_type=MEDIA_TYPE)
+        response.headers.update({"cache-control": "no-store", **self.headers})
+        return response
+
+
+@contextmanager
+def blaming(status: int, field: str | None = None) -> Iterator[None]:
+    """What the accounts refuse in this block is a problem with this status, for which ``field`` is to blame."""
+    try:
+        yield
+    except AccountError as error:
+        raise Problem(status, str(error), field) from None

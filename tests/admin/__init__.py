@@ -1,0 +1,1 @@
+"""The admin API, and what tools read of prices and usage, over sockets."""
