@@ -8,7 +8,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
-.PHONY: run install test chaos lint lock
+.PHONY: run install test chaos bench lint lock
 .DELETE_ON_ERROR:
 
 # Without an upstream key there is nothing to relay to, so the demo brings its own upstream.
@@ -27,6 +27,13 @@ test: $(VENV)/.installed-dev
 # Every fault at its full size, which takes an hour; `make test` has a little of each.
 chaos: $(VENV)/.installed-dev
 	TEST_CHAOS=full $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/chaos
+
+# Beanmeter beside its peers, a quarter of an hour. The peers are installed under bench/.peers, each in a place of its own.
+bench: $(VENV)/.installed-dev
+	bench/peers/install-debian.sh
+	bench/peers/install-portkey.sh
+	bench/peers/install-litellm.sh
+	$(VENV)/bin/python -m bench
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
