@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TextIO
 
 import structlog
-from structlog.processors import JSONRenderer, TimeStamper, add_log_level, format_exc_info
+from structlog.processors import TimeStamper, add_log_level, format_exc_info
 from structlog.stdlib import ProcessorFormatter, add_logger_name
 from structlog.typing import EventDict, Processor, WrappedLogger
 
@@ -20,6 +20,7 @@ REDACTED = "[redacted]"
 _MAX_DEPTH = 6
 _MAX_ITEMS = 100
 _MAX_CHARACTERS = 16_384
+_MAX_LINE = 2_048
 
 _SECRET = re.compile(
     r"(?<![0-9A-Za-z])sk-[0-9A-Za-z_-]{4,}"  # team keys and upstream keys
@@ -27,7 +28,7 @@ _SECRET = re.compile(
     r"|(?<=://)[^\s/@?#]*:[^\s/@]*(?=@)"  # user and password of a database URL
 )
 
-# Nothing of the two kinds is in a text without one of these; most texts are a word or a number, and each line has twenty.
+# Nothing of the two kinds is in a text without one of these.
 _SUSPICIOUS = re.compile(r"sk-|(?i:bearer)|[?@]")
 
 # Follows what can end a path; a placeholder in an SQL statement doesn't.
@@ -42,7 +43,7 @@ def configure(stream: TextIO) -> None:
     do in the ordinary course our own events tell better, and without addresses.
     """
     _destination.stream = stream
-    rendering: list[Processor] = [format_exc_info, _clean, JSONRenderer(_encoded)]
+    rendering: list[Processor] = [format_exc_info, _render]
     gathering: list[Processor] = [add_log_level, TimeStamper(fmt="iso", utc=True)]
     structlog.configure(
         processors=[*gathering, *rendering],
@@ -88,15 +89,18 @@ _destination = _Destination()
 _encode = json.JSONEncoder().encode
 
 
-def _encoded(event: EventDict, **_: object) -> str:
-    # What _clean leaves needs no fallback for other types.
-    return _encode(event)
-
-
-def _clean(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """The event in reading order, without secrets and query strings, and with nothing in it that JSON can't hold."""
+def _render(_: WrappedLogger, __: str, event: EventDict) -> str:
+    """The event as JSON in reading order, without secrets and query strings."""
     head = {name: event.pop(name) for name in ("timestamp", "level", "event") if name in event}
-    return {name: _cleaned(value, _MAX_DEPTH) for name, value in {**head, **event}.items()}
+    ordered = {**head, **event}
+    try:
+        line = _encode(ordered)
+    except (TypeError, ValueError):
+        line = ""
+    # Most lines have nothing in them to be taken out, and looking at one line is cheaper than at twenty values.
+    if not line or len(line) > _MAX_LINE or _SUSPICIOUS.search(line):
+        line = _encode({name: _cleaned(value, _MAX_DEPTH) for name, value in ordered.items()})
+    return line
 
 
 def _cleaned(value: object, depth: int) -> object:
@@ -116,6 +120,4 @@ def _cleaned_text(text: str) -> str:
         # A traceback says what it is about at its end.
         half = _MAX_CHARACTERS // 2
         text = f"{text[:half]} ... {text[-half:]}"
-    if not _SUSPICIOUS.search(text):
-        return text
     return _QUERY.sub("", _SECRET.sub(REDACTED, text))

@@ -162,7 +162,8 @@ class Tap:
             if not piece:
                 return
             self._begun = True
-            self._reader = _Document() if piece.startswith(b"{") else _Events()
+            if piece.startswith(b"{") != self.reads_document:
+                self._reader = _Events() if self.reads_document else _Document()
         self._reader.feed(piece)
 
 

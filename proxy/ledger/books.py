@@ -34,7 +34,7 @@ from proxy.ledger.decisions import (
 )
 from proxy.ledger.history import earlier_charges, paces_of
 from proxy.ledger.schema import balances, rollups, teams
-from proxy.ledger.statements import Parameters, Statement, instant, read, write
+from proxy.ledger.statements import Change, Question, Type, instant, read, write
 from proxy.periods import Period
 
 
@@ -79,6 +79,26 @@ class _Charge(NamedTuple):
         )
 
 
+class _Ended(NamedTuple):
+    """What is written of a charge that has ended."""
+
+    id: str
+    state: State
+    settled_micro_usd: int
+    reserved_micro_usd: int
+    images_delivered: int
+    size: str
+    quality: str
+    basis: str | None
+    reason: str
+    upstream_status: int | None
+    upstream_cost_micro_usd: int | None
+    upstream_request_id: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+    finished_at: datetime
+
+
 @dataclass(slots=True)
 class _Sums:
     requests: int = 0
@@ -104,8 +124,9 @@ class _Page:
     # The budgets whose current period has no row yet.
     unopened: set[int]
     limited: bool
-    ended: list[Parameters] = field(default_factory=list)
-    begun: list[Parameters] = field(default_factory=list)
+    # Rows to be written, in the order of their columns below.
+    ended: dict[str, _Ended] = field(default_factory=dict)
+    begun: list[tuple[object, ...]] = field(default_factory=list)
     # What moves, summed here, so each row is written once a batch: (settled, held) by budget and period, sums by heading.
     moved: dict[tuple[int, date], tuple[int, int]] = field(default_factory=dict)
     sums: defaultdict[_Heading, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
@@ -139,22 +160,26 @@ def post(
 
 # Reading
 
-_LOCK_TEAMS = Statement("SELECT id, archived_at FROM teams WHERE id IN :teams[] ORDER BY id FOR NO KEY UPDATE")
+_TEAMS = Question(
+    {"id": "id", "archived_at": "archived_at"}, "FROM teams WHERE id IN :teams[] ORDER BY id", lock="FOR NO KEY UPDATE"
+)
 
-_KEYS = Statement("SELECT id, team_id, expires_at, revoked_at FROM keys WHERE id IN :keys[]")
+_KEYS = Question({name: name for name in ("id", "team_id", "expires_at", "revoked_at")}, "FROM keys WHERE id IN :keys[]")
 
-_CHARGES = Statement(f"SELECT {', '.join(_Charge._fields)} FROM charges WHERE id IN :charges[]")
+_CHARGES = Question({name: name for name in _Charge._fields}, "FROM charges WHERE id IN :charges[]")
 
-_BUDGETS = Statement("""
-    SELECT b.id, b.team_id, b.key_id, b.period, b.soft, b.limit_micro_usd, p.settled_micro_usd, p.held_micro_usd
-    FROM budgets b LEFT JOIN balances p ON p.budget_id = b.id AND p.period_start =
+_BUDGETS = Question(
+    {name: f"b.{name}" for name in ("id", "team_id", "key_id", "period", "soft", "limit_micro_usd")}
+    | {name: f"p.{name}" for name in ("settled_micro_usd", "held_micro_usd")},
+    """FROM budgets b LEFT JOIN balances p ON p.budget_id = b.id AND p.period_start =
         CASE b.period WHEN 'day' THEN :day WHEN 'week' THEN :week WHEN 'month' THEN :month ELSE :total END
     WHERE b.team_id IN :teams[] AND (
         b.key_id IS NULL OR b.key_id IN :keys[] OR b.key_id IN (SELECT key_id FROM charges WHERE id IN :charges[])
     )
-    ORDER BY b.id""")
+    ORDER BY b.id""",
+)
 
-_LIMITED = Statement("SELECT 1 FROM limits WHERE team_id IN :teams[] LIMIT 1")
+_LIMITS = Question({"id": "id"}, "FROM limits WHERE team_id IN :teams[] LIMIT 1")
 
 
 def _read(connection: Connection, reservations: Sequence[Reservation], bookings: Sequence[Booking], now: datetime) -> _Page:
@@ -163,15 +188,9 @@ def _read(connection: Connection, reservations: Sequence[Reservation], bookings:
     key_ids = sorted({job.key_id for job in reservations})
     charge_ids = sorted({job.charge_id for job in bookings})
     starts: dict[str, object] = {period: periods.start(period, now) for period in periods.PERIODS}
-    locked, keys, charges, budgets, limited = read(
-        connection,
-        (_LOCK_TEAMS, {"teams": team_ids}),
-        (_KEYS, {"keys": key_ids}),
-        # Another process's booking of the same charge is either seen here or waits for us.
-        (_CHARGES, {"charges": charge_ids}),
-        (_BUDGETS, {"teams": team_ids, "keys": key_ids, "charges": charge_ids, **starts}),
-        (_LIMITED, {"teams": team_ids}),
-    )
+    wanted = {"teams": team_ids, "keys": key_ids, "charges": charge_ids, **starts}
+    # The teams first, which locks them: another process's booking of the same charge is then either seen or waits for us.
+    locked, keys, charges, budgets, limited = read(connection, wanted, _TEAMS, _KEYS, _CHARGES, _BUDGETS, _LIMITS)
     page = _Page(
         archived_at=dict(locked),
         keys={row[0]: row[1:] for row in keys},
@@ -216,26 +235,31 @@ def _book(page: _Page, bookings: Iterable[Booking], now: datetime) -> None:
             quality=outcome.quality,
         )
         page.charges[job.charge_id] = after
-        page.ended.append(
-            {
-                "id": job.charge_id,
-                "state": outcome.state,
-                "settled_micro_usd": outcome.settled_micro_usd,
-                "reserved_micro_usd": outcome.reserved_micro_usd,
-                "images_delivered": outcome.images_delivered,
-                "size": outcome.size,
-                "quality": outcome.quality,
-                "basis": outcome.basis,
-                "reason": outcome.reason,
-                "upstream_status": job.upstream_status,
-                "upstream_cost_micro_usd": job.upstream_cost_micro_usd,
-                "upstream_request_id": job.upstream_request_id,
-                "input_tokens": job.input_tokens,
-                "output_tokens": job.output_tokens,
-                "finished_at": now,
-            }
-        )
+        page.ended[job.charge_id] = _ending(job, page.ended.get(job.charge_id), now)
         _move(page, charge, after, now)
+
+
+def _ending(job: Booking, before: _Ended | None, now: datetime) -> _Ended:
+    outcome = job.outcome
+    told = (getattr(job, name) for name in _OF_UPSTREAM)
+    if before is not None:
+        # Twice in one batch: whoever settles a review knows nothing new of the upstream, and what was told of it stays.
+        told = (new if new is not None else getattr(before, name) for name, new in zip(_OF_UPSTREAM, told, strict=True))
+    return _Ended._make(
+        (
+            job.charge_id,
+            outcome.state,
+            outcome.settled_micro_usd,
+            outcome.reserved_micro_usd,
+            outcome.images_delivered,
+            outcome.size,
+            outcome.quality,
+            outcome.basis,
+            outcome.reason,
+            *told,
+            now,
+        )
+    )
 
 
 def _move(page: _Page, before: _Charge, after: _Charge, now: datetime) -> None:
@@ -320,30 +344,14 @@ def _begin(page: _Page, job: Reservation, now: datetime) -> None:
     # dies in between leaves a review at the most, never a forgotten image.
     order = job.order
     page.begun.append(
-        {
-            "id": job.charge_id,
-            "request_id": job.request_id,
-            "team_id": job.team_id,
-            "key_id": job.key_id,
-            "operation": order.operation,
-            "model": order.model,
-            "size": order.size,
-            "quality": order.quality,
-            "asked_size": order.size,
-            "asked_quality": order.quality,
-            "stream": order.stream,
-            "images_requested": order.n,
-            "images_delivered": 0,
-            "state": "forwarded",
-            "hold_micro_usd": job.hold_micro_usd,
-            "reserved_micro_usd": job.hold_micro_usd,
-            "settled_micro_usd": 0,
-            "price_card": job.price_card,
-            "idempotency_digest": job.repeat.key_digest if job.repeat else None,
-            "body_digest": job.repeat.body_digest if job.repeat else None,
-            "created_at": now,
-            "deadline_at": now + timedelta(seconds=job.timeout_seconds),
-        }
+        (
+            *(job.charge_id, job.request_id, job.team_id, job.key_id, order.operation, order.model, order.size, order.quality),
+            *(order.size, order.quality, order.stream, order.n, 0, "forwarded"),
+            *(job.hold_micro_usd, job.hold_micro_usd, 0, job.price_card),
+            job.repeat.key_digest if job.repeat else None,
+            job.repeat.body_digest if job.repeat else None,
+            *(now, now + timedelta(seconds=job.timeout_seconds)),
+        )
     )
     heading = _Heading(
         periods.start("day", now), job.team_id, job.key_id, order.model, order.operation, order.size, order.quality
@@ -388,58 +396,86 @@ def open_balance(
 
 _OF_UPSTREAM = ("upstream_status", "upstream_cost_micro_usd", "upstream_request_id", "input_tokens", "output_tokens")
 
-# Whoever settles a review knows nothing new of the upstream: what was written of it stays.
-_END = Statement(f"""
-    UPDATE charges SET state = :state, settled_micro_usd = :settled_micro_usd, reserved_micro_usd = :reserved_micro_usd,
-        images_delivered = :images_delivered, size = :size, quality = :quality, basis = :basis, reason = :reason,
-        {", ".join(f"{name} = coalesce(:{name}, {name})" for name in _OF_UPSTREAM)}, finished_at = :finished_at
-    WHERE id = :id""")
+_NUMBERS = frozenset(
+    {
+        *("settled_micro_usd", "reserved_micro_usd", "images_delivered", "upstream_status", "upstream_cost_micro_usd"),
+        *("input_tokens", "output_tokens", "team_id", "images_requested", "hold_micro_usd", "requests", "images"),
+    }
+)
+_TYPES: dict[str, Type] = {
+    **dict.fromkeys(_NUMBERS, "bigint"),
+    **dict.fromkeys(("created_at", "deadline_at", "finished_at"), "timestamptz"),
+    **dict.fromkeys(("idempotency_digest", "body_digest"), "bytea"),
+    "day": "date",
+    "stream": "boolean",
+}
 
-_COLUMNS = (
-    *("id", "request_id", "team_id", "key_id", "operation", "model", "size", "quality", "asked_size", "asked_quality"),
-    *("stream", "images_requested", "images_delivered", "state", "hold_micro_usd", "reserved_micro_usd"),
-    *("settled_micro_usd", "price_card", "idempotency_digest", "body_digest", "created_at", "deadline_at"),
+
+def _typed(names: Iterable[str]) -> dict[str, Type]:
+    return {name: _TYPES.get(name, "text") for name in names}
+
+
+_END = Change(
+    _typed(_Ended._fields),
+    f"""UPDATE charges SET
+        {", ".join(f"{name} = r.{name}" for name in _Ended._fields if name not in ("id", *_OF_UPSTREAM))},
+        {", ".join(f"{name} = coalesce(r.{name}, charges.{name})" for name in _OF_UPSTREAM)}
+    FROM {{rows}} WHERE charges.id = r.id""",
 )
 
-_BEGIN = Statement(f"INSERT INTO charges ({', '.join(_COLUMNS)}) VALUES ({', '.join(f':{name}' for name in _COLUMNS)})")
+_COLUMNS = (
+    *("id", "request_id", "team_id", "key_id", "operation", "model", "size", "quality"),
+    *("asked_size", "asked_quality", "stream", "images_requested", "images_delivered", "state"),
+    *("hold_micro_usd", "reserved_micro_usd", "settled_micro_usd", "price_card"),
+    *("idempotency_digest", "body_digest", "created_at", "deadline_at"),
+)
 
-_MOVE = Statement("""
-    UPDATE balances SET settled_micro_usd = settled_micro_usd + :settled, held_micro_usd = held_micro_usd + :held
-    WHERE budget_id = :budget AND period_start = :start""")
+_BEGIN = Change(_typed(_COLUMNS), f"INSERT INTO charges ({', '.join(_COLUMNS)}) SELECT {', '.join(_COLUMNS)} FROM {{rows}}")
+
+_MOVE = Change(
+    {"budget": "bigint", "start": "date", "settled": "bigint", "held": "bigint"},
+    """UPDATE balances SET
+        settled_micro_usd = balances.settled_micro_usd + r.settled, held_micro_usd = balances.held_micro_usd + r.held
+    FROM {rows} WHERE balances.budget_id = r.budget AND balances.period_start = r.start""",
+)
 
 _ADDED = ("requests", "images", "settled_micro_usd", "reserved_micro_usd")
+_SUMMED = (*_Heading._fields, *_ADDED)
 
-_ADD = Statement(f"""
-    INSERT INTO rollups ({", ".join((*_Heading._fields, *_ADDED))})
-    VALUES ({", ".join(f":{name}" for name in (*_Heading._fields, *_ADDED))})
+_ADD = Change(
+    _typed(_SUMMED),
+    f"""INSERT INTO rollups ({", ".join(_SUMMED)}) SELECT {", ".join(_SUMMED)} FROM {{rows}} WHERE true
     ON CONFLICT ({", ".join(_Heading._fields)}) DO UPDATE SET
-        {", ".join(f"{name} = rollups.{name} + excluded.{name}" for name in _ADDED)}""")
+        {", ".join(f"{name} = rollups.{name} + excluded.{name}" for name in _ADDED)}""",
+)
 
 # A row that something is taken from is there already, and a row to be inserted may hold nothing below zero.
-_TAKE = Statement(f"""
-    UPDATE rollups SET {", ".join(f"{name} = {name} + :{name}" for name in _ADDED)}
-    WHERE {" AND ".join(f"{name} = :{name}" for name in _Heading._fields)}""")
+_TAKE = Change(
+    _typed(_SUMMED),
+    f"""UPDATE rollups SET {", ".join(f"{name} = rollups.{name} + r.{name}" for name in _ADDED)}
+    FROM {{rows}} WHERE {" AND ".join(f"rollups.{name} = r.{name}" for name in _Heading._fields)}""",
+)
 
 
 def _write(connection: Connection, page: _Page) -> None:
     """Write what has come together, and forget it: it is in the tables now."""
-    moves: list[Parameters] = [
-        {"budget": budget_id, "start": start, "settled": settled, "held": held}
+    moves = [
+        (budget_id, start, settled, held)
         for (budget_id, start), (settled, held) in sorted(page.moved.items())
         # A budget that was set after the charge's period has no row for that period, and needs none.
         if settled or held
     ]
-    added: list[Parameters] = []
-    taken: list[Parameters] = []
+    added: list[tuple[object, ...]] = []
+    taken: list[tuple[object, ...]] = []
     for heading, sums in sorted(page.sums.items(), key=_heading):
         amounts = (sums.requests, sums.images, sums.settled, sums.reserved)
         if any(amounts):
-            row = dict(zip((*_Heading._fields, *_ADDED), (*heading, *amounts), strict=True))
-            (taken if min(amounts) < 0 else added).append(row)
-    counts = write(connection, (_TAKE, taken), (_ADD, added), (_END, page.ended), (_BEGIN, page.begun), (_MOVE, moves))
-    if taken and counts[0] != len(taken):
+            (taken if min(amounts) < 0 else added).append((*heading, *amounts))
+    ended = list(page.ended.values())
+    counts = write(connection, (_TAKE, taken), (_ADD, added), (_END, ended), (_BEGIN, page.begun), (_MOVE, moves))
+    if counts[0] != len(taken):
         raise RuntimeError("a charge is not part of its day's sums: nothing of this batch is written")
-    page.ended, page.begun, page.moved = [], [], {}
+    page.ended, page.begun, page.moved = {}, [], {}
     page.sums.clear()
 
 

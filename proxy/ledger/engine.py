@@ -53,6 +53,8 @@ class Database:
         self.dialect: Literal["sqlite", "postgresql"] = "sqlite" if parsed.get_backend_name() == "sqlite" else "postgresql"
         self._writer = _open(parsed, writes=True)
         self._reader = _open(parsed, writes=False)
+        self._kept: Connection | None = None
+        self._at_hand = threading.Lock()
         # Not the event loop's own threads: those write the journal and keep bodies, also while the database hangs.
         self._reading_threads = ThreadPoolExecutor(ASKED_AT_ONCE, "ledger-reader")
         self._writing_threads = ThreadPoolExecutor(1, "ledger-writer")
@@ -60,8 +62,21 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction that may write: committed at the end of the block, rolled back by an exception."""
-        with self._writer.begin() as connection:
-            yield connection
+        # To take a connection out of the pool and put it back costs as much as the books' own statements, so one is kept at
+        # hand. On SQLite whoever comes second waits for it, since there is one writer anyway; more would poll the file's lock.
+        if not self._at_hand.acquire(timeout=LOCK_WAIT_SECONDS if self.dialect == "sqlite" else 0):
+            if self.dialect == "sqlite":
+                raise TimeoutError("another thread writes to the database, and does not come to an end")
+            with self._writer.begin() as connection:
+                yield connection
+            return
+        try:
+            if self._kept is None:
+                self._kept = self._writer.connect()
+            with self._kept.begin():
+                yield self._kept
+        finally:
+            self._at_hand.release()
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -132,6 +147,9 @@ class Database:
 
     def close(self) -> None:
         """Give all connections back. None may be in use; what is asked later opens new ones."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.close()
         self._writer.dispose()
         self._reader.dispose()
 
@@ -173,6 +191,8 @@ def _open_sqlite(url: URL, *, writes: bool) -> Engine:
         # NORMAL can lose commits when the power goes: what is booked would be gone while the bill is not.
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.execute("PRAGMA foreign_keys = ON")
+        # SQLite has no such function before 3.41.
+        connection.create_function("from_hex", 1, _from_hex, deterministic=True)
         cursor.close()
 
     @event.listens_for(engine, "begin")
@@ -181,6 +201,10 @@ def _open_sqlite(url: URL, *, writes: bool) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _from_hex(digits: str | None) -> bytes | None:
+    return None if digits is None else bytes.fromhex(digits)
 
 
 def _switch_to_wal(cursor: sqlite3.Cursor) -> None:

@@ -1,85 +1,117 @@
-"""Statements in each driver's own words: written once, never built anew, and several of them taken in one round trip.
+"""Statements in each database's own words: made once, for a whole batch at a time, and several of them in one round trip.
 
 For the one transaction that every request waits for. SQLAlchemy's statements, which everything else uses, are built, keyed
-and compiled at each use, and each waits for the one before it; docs/performance.md has the figures. Its connections,
-transactions and errors are used here too.
+and compiled at each use. SQLite's driver moreover lets go of the interpreter at each row, and has to wait for its turn to
+have it back; PostgreSQL is as far away as its network. So what is read comes as one row, and what is written goes as one
+parameter: docs/performance.md has the figures. SQLAlchemy's connections, transactions and errors are used here too.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection
 
 from proxy.ledger.engine import driver_of
 
-Parameters = Mapping[str, object]
+Type = Literal["text", "bigint", "boolean", "timestamptz", "date", "bytea"]
+
+_BEYOND = 1 << 63
 
 _LIST = re.compile(r"\bIN :(\w+)\[\]")
 _NAME = re.compile(r"(?<![:\w]):(\w+)")
-# Row locks: SQLite has one writer, and nothing to say about it.
-_LOCK = re.compile(r"\s+FOR NO KEY UPDATE")
 
 
-class Statement:
-    """SQL with ``:name`` for a parameter, and ``IN :name[]`` for a list of whole numbers or of texts."""
+class Question:
+    """A SELECT: what is selected, by name, and everything behind it. ``:name`` stands for a parameter, ``IN :name[]`` for a
+    list of whole numbers or of texts. ``lock`` is what PostgreSQL is told of the rows; SQLite has one writer anyway."""
 
-    __slots__ = ("postgresql", "sqlite")
+    def __init__(self, columns: Mapping[str, str], source: str, lock: str = "") -> None:
+        sql = f"SELECT {', '.join(f'{selected} AS {name}' for name, selected in columns.items())} {source}"
+        self.postgresql = _NAME.sub(r"%(\1)s", _LIST.sub(r"= ANY(:\1)", f"{sql} {lock}"))
+        listed = _LIST.sub(r"IN (SELECT value FROM json_each(:\1))", sql)
+        self.sqlite = f"(SELECT json_group_array(json_array({', '.join(columns)})) FROM ({listed}))"
 
-    def __init__(self, sql: str) -> None:
-        self.sqlite = _LIST.sub(r"IN (SELECT value FROM json_each(:\1))", _LOCK.sub("", sql))
-        self.postgresql = _NAME.sub(r"%(\1)s", _LIST.sub(r"= ANY(:\1)", sql))
+
+class Change:
+    """An INSERT or UPDATE of many rows at once: ``{rows}`` is a table of them called ``r``, with these columns."""
+
+    def __init__(self, columns: Mapping[str, Type], sql: str) -> None:
+        listed = [
+            f"{_FROM_JSON.get(kind, '{}').format(f'json_extract(value, {_place(at)})')} AS {name}"
+            for at, (name, kind) in enumerate(columns.items())
+        ]
+        self.sqlite = sql.format(rows=f"(SELECT {', '.join(listed)} FROM json_each(:rows)) AS r")
+        cast = [
+            f"{_CAST.get(kind, '({})::' + kind).format(f'value->>{at}')} AS {name}"
+            for at, (name, kind) in enumerate(columns.items())
+        ]
+        self.postgresql = sql.format(rows=f"(SELECT {', '.join(cast)} FROM json_array_elements(%(rows)s::json)) AS r")
 
 
-def read(connection: Connection, *questions: tuple[Statement, Parameters]) -> list[list[tuple[Any, ...]]]:
-    """The rows that each statement finds, in order. Instants and days are read with :func:`instant` and :func:`day`."""
+# What JSON has no type for: bytes are in hexadecimal digits, instants are UTC without saying so.
+_FROM_JSON: Mapping[Type, str] = {"bytea": "from_hex({})"}
+_CAST: Mapping[Type, str] = {"bytea": "decode({}, 'hex')", "timestamptz": "({})::timestamp AT TIME ZONE 'UTC'"}
+
+
+def _place(at: int) -> str:
+    return f"'$[{at}]'"
+
+
+def read(connection: Connection, parameters: Mapping[str, object], *questions: Question) -> list[list[Any]]:
+    """The rows that each question finds. An instant is read with :func:`instant`."""
     with driver_of(connection) as driver:
         if connection.dialect.name == "sqlite":
-            cursor = driver.cursor()
-            return [cursor.execute(ask.sqlite, _stored(parameters)).fetchall() for ask, parameters in questions]
+            stored = {name: _stored(value) for name, value in parameters.items()}
+            (found,) = driver.execute(_all_of(questions), stored).fetchall()
+            return [json.loads(rows) for rows in found]
         with driver.pipeline():
-            cursors = [driver.execute(ask.postgresql, parameters) for ask, parameters in questions]
+            cursors = [driver.execute(question.postgresql, parameters) for question in questions]
         return [cursor.fetchall() for cursor in cursors]
 
 
-def write(connection: Connection, *changes: tuple[Statement, Sequence[Parameters]]) -> list[int]:
-    """Carry each statement out for each of its rows, in order; how many rows of the table each of them changed."""
-    changes = tuple(change for change in changes if change[1])
-    if not changes:
-        return []
+def write(connection: Connection, *changes: tuple[Change, Sequence[Sequence[object]]]) -> list[int]:
+    """Carry out each change for all of its rows, in order; how many rows of the table it touched. No rows, no statement.
+
+    Raises ``OverflowError`` for a number that no column can hold: SQLite would make one with a fraction of it.
+    """
+    for _, rows in changes:
+        if any(type(value) is int and not -_BEYOND <= value < _BEYOND for row in rows for value in row):
+            raise OverflowError("a number of more than 64 bits")
+    asked = [(change, json.dumps(rows, default=_plain)) if rows else None for change, rows in changes]
     with driver_of(connection) as driver:
         if connection.dialect.name == "sqlite":
-            cursor = driver.cursor()
-            return [cursor.executemany(change.sqlite, map(_stored, rows)).rowcount for change, rows in changes]
-        cursors = [driver.cursor() for _ in changes]
+            return [driver.execute(one[0].sqlite, {"rows": one[1]}).rowcount if one else 0 for one in asked]
         with driver.pipeline():
-            for cursor, (change, rows) in zip(cursors, changes, strict=True):
-                cursor.executemany(change.postgresql, rows)
-        return [cursor.rowcount for cursor in cursors]
+            cursors = [driver.execute(one[0].postgresql, {"rows": one[1]}) if one else None for one in asked]
+        return [cursor.rowcount if cursor else 0 for cursor in cursors]
 
 
-def instant(value: Any) -> datetime:
+def instant(value: datetime | str) -> datetime:
     """An instant as a row has it: PostgreSQL's driver reads it, SQLite keeps UTC as text."""
     return datetime.fromisoformat(value).replace(tzinfo=UTC) if isinstance(value, str) else value.astimezone(UTC)
 
 
-def _stored(parameters: Parameters) -> dict[str, object]:
-    """Values as SQLite keeps them, in the schema's own spelling."""
-    return {name: _value(value) if type(value) not in _PLAIN else value for name, value in parameters.items()}
+@functools.cache
+def _all_of(questions: tuple[Question, ...]) -> str:
+    """One SELECT for all of them."""
+    return f"SELECT {', '.join(question.sqlite for question in questions)}"
 
 
-_PLAIN = frozenset({str, int, bytes, bool, type(None)})
+def _stored(value: object) -> object:
+    return json.dumps(value) if isinstance(value, list) else value.isoformat() if isinstance(value, date) else value
 
 
-def _value(value: object) -> object:
+def _plain(value: object) -> str:
+    """A value that JSON has no type for, in the schema's own spelling."""
     if isinstance(value, datetime):
         return value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
     if isinstance(value, date):
         return value.isoformat()
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
-        return json.dumps(list(value))
-    return value
+    assert isinstance(value, bytes)
+    return value.hex()

@@ -153,11 +153,11 @@ class Crew:
         return answer.json()["error"]["code"] if answer.status_code >= 400 else answer.status_code
 
     @contextmanager
-    def orders_under_way(self, base_urls: Sequence[str]) -> Iterator[list[Future[int | str | None]]]:
-        """An order to each of the gateways; inside the block the upstream has all of them, and has answered none."""
+    def orders_under_way(self, base_urls: Sequence[str], seconds: float = 2) -> Iterator[list[Future[int | str | None]]]:
+        """An order to each of the gateways; inside the block the upstream has all of them, and answers after so many seconds."""
         arrived = len(self.simulator.requests())
         with ThreadPoolExecutor(len(base_urls)) as clients:
-            answers = [clients.submit(self.order, url, "[[sim latency=2]]", stream=True) for url in base_urls]
+            answers = [clients.submit(self.order, url, f"[[sim latency={seconds}]]", stream=True) for url in base_urls]
             wait_for(lambda: len(self.simulator.requests()) == arrived + len(base_urls) or None)
             yield answers
 

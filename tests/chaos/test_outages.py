@@ -34,7 +34,7 @@ def test_a_server_that_crashes_in_the_middle_of_exchanges(breakable_postgres: Se
             living, dying = team.start(hasty), team.start(hasty)
             urls = [living.base_url, dying.base_url] * (ORDERS // 2)
             before = set(team.charges())
-            with team.orders_under_way(urls) as answers:
+            with team.orders_under_way(urls, 0.6) as answers:
                 breakable_postgres.crash()
                 assert [answer.result() for answer in answers] == [200] * ORDERS
             sent = len(team.simulator.requests())
