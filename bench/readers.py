@@ -24,7 +24,7 @@ OPENING_AT_ONCE = 64
 OPENING_SECONDS_MAX = 150
 
 # For the streams to get going.
-SETTLING_SECONDS = 3
+SETTLING_SECONDS = 6
 ENDING_SECONDS_MAX = 60
 
 _SENT_AT = re.compile(rb'"at":(\d+\.\d+)\}')

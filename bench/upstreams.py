@@ -1,8 +1,8 @@
 """Upstreams that nginx can't play, each a program of its own: ``python -m bench.upstreams events|uploads PORT``.
 
-``events`` answers with a stream that begins with an event, goes on with one every second from SIGUSR1 on, each of which says
-when it was sent, and ends as it should after SIGUSR2. ``uploads`` reads a request to its end before it answers; nginx with a
-fixed answer would not wait.
+``events`` answers with a stream that begins with an event, goes on with one every few seconds from SIGUSR1 on, each of which
+says when it was sent, and ends as it should after SIGUSR2. ``uploads`` reads a request to its end before it answers; nginx with
+a fixed answer would not wait.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ import uvloop
 from bench.machines import ANSWER
 
 BACKLOG = 4096
+
+# An image takes half a minute, and shows three previews at the most: twice as often as those come.
+EVERY_SECONDS = 5
 
 # A large enough part of an upload is read at once.
 READ_BYTES = 1024 * 1024
@@ -107,7 +110,7 @@ class Events(Conversation):
             self.transport.write(chunk(_LAST) + b"0\r\n\r\n")
             return
         self.transport.write(chunk(_EVENT % time.monotonic()))
-        asyncio.get_running_loop().call_later(1.0, self.tick)
+        asyncio.get_running_loop().call_later(EVERY_SECONDS, self.tick)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         Events.waiting.discard(self)
@@ -116,7 +119,7 @@ class Events(Conversation):
 def go_on() -> None:
     """The streams tick one after the other, as those of many clients do, and not all at once."""
     for stream in Events.waiting:
-        asyncio.get_running_loop().call_later(random.random(), stream.tick)
+        asyncio.get_running_loop().call_later(EVERY_SECONDS * random.random(), stream.tick)
     Events.waiting.clear()
 
 

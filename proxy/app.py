@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import shutil
@@ -51,6 +52,9 @@ CLOSE_SECONDS = 10
 
 # An open exchange has two connections, and many systems stop at a thousand until they are asked for more.
 OPEN_FILES = 10_240
+
+# Objects that may pile up before the collector looks at the new ones: what a few hundred requests leave.
+GARBAGE_OBJECTS = 20_000
 
 log = structlog.get_logger(__name__)
 
@@ -278,10 +282,19 @@ async def _serve_alone(
             application.adopt(renewed)
 
     async with serving(application, listener, signals.end_now):
+        spare_collector()
         ready(base_url)
         following = asyncio.create_task(follow())
         await signals.end.wait()
         following.cancel()
+
+
+def spare_collector() -> None:
+    """Say that what is loaded by now stays: the garbage collector would look at all of it again and again, and whoever is
+    being served would wait for that. For a process that serves and does nothing else."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GARBAGE_OBJECTS, 20, 50)
 
 
 def _limit_process() -> None:

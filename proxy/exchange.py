@@ -276,7 +276,7 @@ class Exchange:
             outcome, delivery = self._conclude()
         except Exception:  # A reader that fails on an answer must not leave its charge open: a person looks at it.
             log.exception("answer_not_read", request_id=self._request.request_id)
-            outcome, delivery = unanswered(self._request.order, self._request.hold_micro_usd), Delivery()
+            outcome, delivery = unanswered(self._request.reading.dearest, self._request.hold_micro_usd), Delivery()
         booking = self._booking(outcome, delivery)
         booked = self._desk.teller.book(booking)
         try:
@@ -364,13 +364,13 @@ class Exchange:
 
     def _conclude(self) -> tuple[Outcome, Delivery]:
         """What the exchange's end means for the charge."""
-        seen, request = self._seen, self._request
+        seen, hold = self._seen, self._request.hold_micro_usd
+        # What the upstream may have taken the request for: it answers to that, and bills it.
+        order = self._request.reading.dearest
         if seen.answer is None or seen.tap is None:
-            delivery = Delivery()
-            outcome = unanswered(request.order, request.hold_micro_usd) if seen.reached else unsent(request.order)
-            return outcome, delivery
+            return unanswered(order, hold) if seen.reached else unsent(order), Delivery()
         delivery = seen.tap.finish(ended_properly=seen.ended_properly)
-        return answered(self._desk.card, request.order, request.hold_micro_usd, seen.answer.status, delivery), delivery
+        return answered(self._desk.card, order, hold, seen.answer.status, delivery), delivery
 
     def _booking(self, outcome: Outcome, delivery: Delivery) -> Booking:
         answer = self._seen.answer
@@ -405,7 +405,7 @@ class Exchange:
             return False
         if answer.status >= 300 or delivery.complete:
             return True
-        return not tap.reads_document and outcome.images_delivered >= self._request.order.n
+        return not tap.reads_document and outcome.images_delivered >= self._request.reading.dearest.n
 
     def _failure(self) -> Refusal:
         if not self._seen.reached:

@@ -12,7 +12,7 @@ from pathlib import Path
 import uvloop
 
 from proxy import logs
-from proxy.app import Application, serving
+from proxy.app import Application, serving, spare_collector
 from proxy.metrics import share
 from proxy.signals import Signals
 from proxy.supervisor import SERVING, receive
@@ -36,6 +36,7 @@ async def work(listener: socket.socket, line: socket.socket) -> None:
             signals.end.set()
 
     async with serving(application, listener, signals.end_now):
+        spare_collector()
         answers.write(SERVING)
         obeying = asyncio.create_task(obey())
         await signals.end.wait()

@@ -332,6 +332,8 @@ BROKEN = [
     Row("last event without its blank line", streamed(), SSE, IMAGE[:-2], settled(1), sees_whole=False),
     Row("headers only", streamed(n=2), SSE, b"", review(2 * HIGH), sees_whole=False),
     Row("before any image", streamed(), SSE, PREVIEW, review(HIGH), sees_whole=False),
+    # Another reader of the request takes it to ask for ten.
+    Row("fewer than asked in another case", streamed(N=10), SSE, IMAGE, review(9 * HIGH, 1, HIGH), sees_whole=False),
     Row("in an image", streamed(n=2), SSE, PREVIEW + IMAGE[:50], review(2 * HIGH), sees_whole=False),
     Row("after one of three", streamed(n=3), SSE, IMAGE, review(2 * HIGH, 1, HIGH), sees_whole=False),
     Row("in a document", asked(n=3), JSON, json_answer(3)[:-20], review(HIGH, 2, 2 * HIGH), sees_whole=False),

@@ -154,7 +154,7 @@ class Crew:
 
     @contextmanager
     def orders_under_way(self, base_urls: Sequence[str], seconds: float = 2) -> Iterator[list[Future[int | str | None]]]:
-        """An order to each of the gateways; inside the block the upstream has all of them, and answers after so many seconds."""
+        """An order to each gateway; inside the block the upstream has all of them, and answers after so many seconds."""
         arrived = len(self.simulator.requests())
         with ThreadPoolExecutor(len(base_urls)) as clients:
             answers = [clients.submit(self.order, url, f"[[sim latency={seconds}]]", stream=True) for url in base_urls]
