@@ -13,6 +13,10 @@ Cut = Literal["before", "after", "late"]
 
 _COMMIT = b"COMMIT\0"
 
+# The protocol's two messages that are answered at once; neither can stand in what else is sent here, which has no NUL.
+_SYNC = b"S\0\0\0\x04"
+_QUERY = b"Q\0\0"
+
 
 class _Link:
     """One connection and its two directions."""
@@ -20,12 +24,14 @@ class _Link:
     def __init__(self, wire: Wire, client: socket.socket, server: socket.socket) -> None:
         self.wire, self.client, self.server = wire, client, server
         self.muffled = False
+        self._tail = b""
         for pump in (self._to_server, self._to_client):
             threading.Thread(target=pump, daemon=True).start()
 
     def _to_server(self) -> None:
         try:
             while data := self.client.recv(65_536):
+                self._count(data)
                 if _COMMIT in data and (cut := self.wire.take_cut()):
                     self._cut(cut, data)
                     return
@@ -45,6 +51,11 @@ class _Link:
         except OSError:
             pass
         self.close()
+
+    def _count(self, data: bytes) -> None:
+        seen = self._tail + data
+        self._tail = seen[-4:]
+        self.wire.waits += seen.count(_SYNC) + seen.count(_QUERY)
 
     def _cut(self, cut: Cut, data: bytes) -> None:
         if cut == "before":
@@ -76,6 +87,8 @@ class Wire:
         self._cut: Cut | None = None
         self._spare = 0
         self._stay_down = False
+        # How often the client said that it waits for what it has asked for by then.
+        self.waits = 0
         # While it is down, connections are closed as soon as they are made.
         self.down = False
         self._links: list[_Link] = []

@@ -1,0 +1,79 @@
+"""What a request takes, in what can be counted and does not depend on the machine: transactions, statements, round trips to
+the database, connections upstream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ledger.ledgers import PRICE, Account, Ledger, reservation, settled
+from tests.ledger.wire import Wire
+from tests.live import ORDER, live_gateway
+
+REQUESTS = 20
+
+# More than go one by one, fewer than a transaction takes.
+BATCH = 50
+
+
+def ready(database_url: str) -> tuple[Ledger, Account]:
+    """Books with a team, a key and a budget in which the period has begun and the day has its sums."""
+    ledger = Ledger(database_url)
+    account = ledger.account()
+    ledger.set_budget(1_000 * PRICE)
+    job = reservation(account)
+    ledger.post([job])
+    ledger.post(bookings=[settled(job)])
+    return ledger, account
+
+
+def test_requests_one_after_the_other(database_url: str, tmp_path: Path) -> None:
+    with live_gateway(database_url, tmp_path) as (gateway, upstream):
+        gateway.set_budget(10**9)
+        for _ in range(REQUESTS):
+            assert gateway.client.post("/images/generations", json=ORDER).status_code == 200
+        commits = {
+            step: gateway.metric(f'beanmeter_ledger_commit_seconds_count{{step="{step}"}}') for step in ("reserve", "book")
+        }
+        assert commits == {"reserve": REQUESTS, "book": REQUESTS}
+        assert upstream.connections == 1
+
+
+def test_a_batch_on_sqlite_is_a_few_statements(tmp_path: Path) -> None:
+    ledger, account = ready(f"sqlite:///{tmp_path / 'beanmeter.db'}")
+    with ledger.database.writing() as connection:
+        driver = connection.connection.driver_connection
+    statements: list[str] = []
+
+    def words() -> list[str]:
+        found = [" ".join(statement.split()[:2]) for statement in statements]
+        statements.clear()
+        return found
+
+    assert driver is not None
+    driver.set_trace_callback(statements.append)
+    jobs = [reservation(account) for _ in range(BATCH)]
+    ledger.post(jobs)
+    assert words() == ["BEGIN IMMEDIATE", "SELECT (SELECT", "INSERT INTO", "INSERT INTO", "UPDATE balances", "COMMIT"]
+    ledger.post(bookings=[settled(job) for job in jobs])
+    assert words() == ["BEGIN IMMEDIATE", "SELECT (SELECT", "UPDATE rollups", "UPDATE charges", "UPDATE balances", "COMMIT"]
+    driver.set_trace_callback(None)
+    ledger.check()
+    ledger.close()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("jobs", [1, BATCH])
+def test_a_batch_on_postgresql_is_four_round_trips(postgres_database: str, jobs: int) -> None:
+    with Wire(postgres_database) as wire:
+        ledger, account = ready(wire.url)
+        batch = [reservation(account) for _ in range(jobs)]
+        before = wire.waits
+        ledger.post(batch)
+        assert wire.waits - before == 4, "for the beginning, for what is read, for what is written, and for the commit"
+        before = wire.waits
+        ledger.post(bookings=[settled(job) for job in batch])
+        assert wire.waits - before == 4
+        ledger.check()
+        ledger.close()
