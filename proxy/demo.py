@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import secrets
 import shlex
 import shutil
 import signal
@@ -20,7 +21,7 @@ from pathlib import Path
 from pydantic import SecretStr
 from sqlalchemy import Connection
 
-from proxy import app, periods
+from proxy import app, pages, periods
 from proxy.ledger.accounts import NewKey, add_key, add_team, holder_of, list_keys, list_teams, revoke_key, set_budget
 from proxy.ledger.books import post
 from proxy.ledger.decisions import Admitted, Booking, Reservation
@@ -43,6 +44,9 @@ ACTOR = "demo"
 KEY_NAME = "demo"
 
 UPSTREAM_KEY = "sk-beans-demo"
+
+# For a token that is made at each start: nobody types it, and nobody guesses it.
+TOKEN_BYTES = 15
 
 # An image takes long enough to be seen coming, and not so long that a visitor wonders.
 IMAGE_SECONDS = 0.5
@@ -123,8 +127,11 @@ async def _run(database: Database, settings: Settings, tell: Callable[[str], Non
         asyncio.get_running_loop().add_signal_handler(number, told.set)
     options = SimulatorOptions(key=UPSTREAM_KEY, image_seconds=IMAGE_SECONDS, preview_seconds=IMAGE_SECONDS / 2)
     async with running_simulator(options) as simulator:
+        # A token of the visitor's own is known to them, and stays off the screen.
+        token = secrets.token_urlsafe(TOKEN_BYTES) if settings.admin_token is None else None
         # The simulator charges by the card that is shipped, and so does the gateway before it.
-        changed = {
+        changed: dict[str, object] = {
+            "admin_token": settings.admin_token if token is None else SecretStr(token),
             "upstream_url": simulator.base_url,
             "upstream_key": SecretStr(UPSTREAM_KEY),
             "prices": None,
@@ -133,7 +140,7 @@ async def _run(database: Database, settings: Settings, tell: Callable[[str], Non
         }
         async with app.running(settings.model_copy(update=changed), settings.host, settings.port) as base_url:
             # Only now: a start that finds its port taken must leave the keys of the demo that has it alone.
-            greeting = await asyncio.to_thread(_greet, database, base_url, datetime.now(UTC))
+            greeting = await asyncio.to_thread(_greet, database, base_url, token, datetime.now(UTC))
             tell(greeting)
             await told.wait()
 
@@ -141,7 +148,7 @@ async def _run(database: Database, settings: Settings, tell: Callable[[str], Non
 # What a visitor reads
 
 
-def _greet(database: Database, base_url: str, now: datetime) -> str:
+def _greet(database: Database, base_url: str, token: str | None, now: datetime) -> str:
     with database.writing() as connection:
         keys = {habits.team: _renew_key(connection, habits.team, now) for habits in (DESIGN, MARKETING)}
         left = {status.team: status for status in list_budgets(connection, now) if status.scope == "team"}
@@ -153,6 +160,8 @@ def _greet(database: Database, base_url: str, now: datetime) -> str:
             remaining, limit = format_usd(left[team].remaining_micro_usd), format_usd(left[team].limit_micro_usd)
             lines.append(f"            {team} has {remaining} of {limit} USD left this {left[team].period}")
     lines += [
+        f"  dashboard {base_url.removesuffix('/v1')}{pages.PREFIX}",
+        f"            sign in with {token or 'your admin token'}, or with a key",
         f"  metrics   {base_url.removesuffix('/v1')}/metrics",
         "",
         "Make an image, which lands in image.png:",

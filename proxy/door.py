@@ -59,6 +59,12 @@ class Door:
             del self._failures[next(iter(self._failures))]
         raise Wrong
 
+    def seal(self, text: str) -> bytes:
+        """32 bytes that only a door with the same token makes of ``text``. Raises :class:`Closed`."""
+        if self._digest is None:
+            raise Closed
+        return hmac.digest(self._digest, text.encode("utf-8"), "sha256")
+
 
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()

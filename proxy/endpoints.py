@@ -15,8 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from proxy import headers, usage
-from proxy.admin import PREFIX, make_admin
+from proxy import admin, headers, pages, usage
 from proxy.door import Closed, Door, Throttled, Wrong
 from proxy.errors import (
     SOURCE_HEADER,
@@ -43,7 +42,7 @@ Clock = Callable[[], datetime]
 
 _DaysQuery = TypeVar("_DaysQuery", usage.ImagesQuery, usage.CostsQuery)
 
-_NAMING = f"{PREFIX}/".encode("ascii")
+_NAMING = tuple(f"{prefix}/".encode("ascii") for prefix in (admin.PREFIX, pages.PREFIX))
 
 
 def make_endpoints(
@@ -68,7 +67,8 @@ def make_endpoints(
             Route("/v1/prices", endpoints.prices),
             Route("/v1/organization/usage/images", endpoints.images),
             Route("/v1/organization/costs", endpoints.costs),
-            *make_admin(database, door, clock, card, aliases),
+            *admin.make_admin(database, door, clock, card, aliases),
+            *pages.make_pages(database, door, clock, card, aliases, metrics),
         ],
         exception_handlers={
             Refusal: endpoints.refuse,
@@ -84,8 +84,8 @@ def make_endpoints(
 
 def _exact(app: ASGIApp) -> ASGIApp:
     async def exact(scope: Scope, receive: Receive, send: Send) -> None:
-        # The router matches the decoded path; a path that needed decoding is another spelling. An operator's path has names in
-        # it, which no other spelling can say.
+        # The router matches the decoded path; a path that needed decoding is another spelling. Paths of operators and
+        # pages have names in them, which no other spelling can say.
         if scope["type"] == "http" and b"%" in scope["raw_path"] and not scope["raw_path"].startswith(_NAMING):
             scope = {**scope, "path": "/%"}
         await app(scope, receive, send)

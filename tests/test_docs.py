@@ -409,6 +409,7 @@ def as_any_visit_shows_it(line: str) -> str:
     line = re.sub(r"sk-bm-[a-z2-7]+(\.\.\.)?", "KEY", line)
     line = re.sub(r"\d+\.\d{6}", "USD", line)
     line = re.sub(r"127\.0\.0\.1:\d+", "ADDRESS", line)
+    line = re.sub(r"sign in with \S+,", "sign in with TOKEN,", line)
     line = re.sub(r"^  \S*beanmeter ", "  beanmeter ", line)
     return re.sub(r"python3 -c '.*'", "python3 -c", line)
 

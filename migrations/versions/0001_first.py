@@ -1,4 +1,4 @@
-"""The first schema: teams, keys, budgets and their balances, charges, daily sums, limits, audit rows, marks."""
+"""The first schema: teams, keys, budgets and their balances, charges, daily sums, limits, audit rows, marks, sessions."""
 
 from __future__ import annotations
 
@@ -227,4 +227,15 @@ def upgrade() -> None:
         sa.CheckConstraint("settled_micro_usd >= 0", name=op.f("ck_balances_settled_not_negative")),
         sa.ForeignKeyConstraint(["budget_id"], ["budgets.id"], name=op.f("fk_balances_budget_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("budget_id", "period_start", name=op.f("pk_balances")),
+    )
+    op.create_table(
+        "sessions",
+        sa.Column("digest", sa.LargeBinary(length=32), nullable=False),
+        sa.Column("key_id", sa.Text(), nullable=True),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("seen_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+        sa.CheckConstraint("length(digest) = 32", name=op.f("ck_sessions_digest_length")),
+        sa.ForeignKeyConstraint(["key_id"], ["keys.id"], name=op.f("fk_sessions_key_id")),
+        sa.PrimaryKeyConstraint("digest", name=op.f("pk_sessions")),
     )

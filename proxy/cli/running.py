@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -23,10 +24,13 @@ Workers = Annotated[int | None, typer.Option(metavar="N", help="How many process
 
 SIMULATOR_PORT = 8081
 
+# The cheapest that there is: whoever pastes it wants to see that it works.
+SAMPLE = {"model": "gpt-image-2", "prompt": "a coffee bean on white", "size": "1024x1024", "quality": "low"}
+
 
 def serve(host: Host = None, port: Port = None, workers: Workers = None) -> None:
     """Run the gateway."""
-    from proxy import app, logs
+    from proxy import app, logs, pages
     from proxy.settings import SettingsError, cautions, load, load_card
 
     settings = read_settings(host=host, port=port, workers=workers)
@@ -38,11 +42,17 @@ def serve(host: Host = None, port: Port = None, workers: Workers = None) -> None
     has_teams = _prepare_books(settings)
 
     def ready(base_url: str) -> None:
-        say(f"Beanmeter listens at {base_url}, metrics are at {base_url.removesuffix('/v1')}/metrics")
+        site = base_url.removesuffix("/v1")
+        say(f"Beanmeter listens at {base_url}, metrics are at {site}/metrics")
+        if settings.admin_token is not None:
+            say(f"The dashboard is at {site}{pages.PREFIX}; sign in with the admin token or a team key")
         for caution in cautions(settings):
             say(caution)
         if not has_teams:
             say("There is no team yet. Make one: beanmeter team add NAME; beanmeter key add NAME")
+        say("An image, with a team's key in the place of $KEY:")
+        say(f"  curl {base_url}/images/generations -H \"Authorization: Bearer $KEY\" -H 'Content-Type: application/json' \\")
+        say(f"       -d '{json.dumps(SAMPLE)}'")
 
     logs.configure(sys.stderr)
     options = {"host": host, "port": port, "workers": workers}

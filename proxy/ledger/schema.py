@@ -262,3 +262,17 @@ marks = Table(
     Column("name", Text, primary_key=True),
     Column("value", Text, nullable=False),
 )
+
+# Who is signed in to the pages.
+sessions = Table(
+    "sessions",
+    metadata,
+    # Of the random token in the visitor's cookie, made with the admin token: with another one it is no longer found.
+    Column("digest", LargeBinary(32), primary_key=True),
+    # The key that was signed in with; nothing for the admin token.
+    Column("key_id", ForeignKey("keys.id")),
+    Column("created_at", Instant, nullable=False),
+    Column("seen_at", Instant, nullable=False),
+    Column("expires_at", Instant, nullable=False),
+    CheckConstraint("length(digest) = 32", name="digest_length"),
+)
