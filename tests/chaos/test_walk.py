@@ -185,20 +185,25 @@ class Walk:
             with self.ledger.database.reading() as connection:
                 ids = find_expired(connection, self.now, REVIEW_TIME)
             assert ids
-            for charge_id in ids:
-                expired.remove(charge_id)
-                self.expire(self.model.charges[charge_id])
+            assert expired.issuperset(ids)
+            expired.difference_update(ids)
+            self.expire([self.model.charges[name] for name in ids])
         self.seen["swept"] += len(due)
 
-    def expire(self, charge: Charge) -> None:
+    def expire(self, reviewed: list[Charge]) -> None:
         """A second sweep comes too late, and changes nothing."""
         for first in (True, False):
             with self.ledger.database.writing() as connection:
-                assert reviews.expire(connection, charge.job.charge_id, now=self.now, actor="test") == first
+                for charge in reviewed:
+                    expired = reviews.expire(connection, charge.job.charge_id, now=self.now, actor="test")
+                    assert expired == first
+            reviewed_again = self.chance.sample(reviewed, min(len(reviewed), 5))
             if first:
-                self.model.resolve(charge, charge.settled + charge.held, self.now)
-        self.seen["expired"] += 1
-        self.look([charge.job.charge_id], {charge.job.team_id})
+                for charge in reviewed:
+                    self.model.resolve(charge, charge.settled + charge.held, self.now)
+                self.seen["expired"] += len(reviewed)
+                self.look([charge.job.charge_id for charge in reviewed], {charge.job.team_id for charge in reviewed})
+            reviewed = reviewed_again
 
     def replay(self) -> None:
         """The outcomes of a process that could not book them, and died; by two others, one after the other."""
