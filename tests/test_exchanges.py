@@ -9,6 +9,7 @@ import json
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -567,6 +568,28 @@ def test_a_reader_that_stalls_is_let_go_and_its_answer_read_to_the_end(tmp_path:
             # What it reads now is what was on its way, and then no proper end.
             assert not read_all(client).endswith(b"0\r\n\r\n")
         assert len(upstream.requests) == 1
+
+
+def test_a_reader_too_slow_for_the_time_is_let_go_and_its_answer_read_to_the_end(tmp_path: Path) -> None:
+    settings = {"BEANMETER_UPSTREAM_TIMEOUT_SECONDS": "4"}
+    with live_gateway(f"sqlite:///{tmp_path / 'beanmeter.db'}", tmp_path, settings) as (gateway, upstream):
+        team = new_team(gateway)
+        line = completed(padding="x" * (1 << 20))
+        upstream.script = replay(chunked(200, SSE, [line] * 32))
+        with reading_nothing(gateway, team, streamed(n=10)) as client:
+            # It never stops, and at this pace it would take eight times as long as an exchange may.
+            while not client_is_done(client):
+                time.sleep(0.05)
+            assert booked(team.charge())[:4] == ("settled", 32 * HIGH, 0, 32)
+        assert len(upstream.requests) == 1
+
+
+def client_is_done(client: socket.socket) -> bool:
+    """Read a little; whether there is nothing more to come."""
+    try:
+        return not client.recv(1 << 16)
+    except ConnectionResetError:
+        return True
 
 
 # A client that leaves
