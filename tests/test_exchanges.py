@@ -576,10 +576,10 @@ def test_a_reader_too_slow_for_the_time_is_let_go_and_its_answer_read_to_the_end
         team = new_team(gateway)
         line = completed(padding="x" * (1 << 20))
         upstream.script = replay(chunked(200, SSE, [line] * 32))
-        with reading_nothing(gateway, team, streamed(n=10)) as client:
-            # It never stops, and at this pace it would take eight times as long as an exchange may.
+        with reading_nothing(gateway, team, streamed(n=10), room=1 << 16) as client:
+            # It never stops, and at this pace it would take several times as long as an exchange may.
             while not client_is_done(client):
-                time.sleep(0.05)
+                time.sleep(0.03)
             assert booked(team.charge())[:4] == ("settled", 32 * HIGH, 0, 32)
         assert len(upstream.requests) == 1
 
@@ -605,11 +605,11 @@ def request_bytes(team: Team, order: dict[str, Any]) -> bytes:
 
 
 @contextmanager
-def reading_nothing(gateway: LiveGateway, team: Team, order: dict[str, Any]) -> Iterator[socket.socket]:
+def reading_nothing(gateway: LiveGateway, team: Team, order: dict[str, Any], room: int = 4096) -> Iterator[socket.socket]:
     """A connection with a request on it, and little room for the answer."""
     client = socket.socket()
     with client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
         client.settimeout(PATIENCE_SECONDS)
         client.connect(("127.0.0.1", gateway.port))
         client.sendall(request_bytes(team, order))
