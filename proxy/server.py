@@ -107,6 +107,9 @@ class _Corked:
 
     def flush(self) -> None:
         pieces, self._pieces, self._bytes = self._pieces, [], 0
+        if not pieces or self._transport.is_closing():
+            # The connection may have ended since, and a closed one takes nothing, not even nothing.
+            return
         if len(pieces) == 1 or sum(map(len, pieces)) <= CORKED_BYTES_MAX:
             self._transport.write(b"".join(pieces))
         else:
