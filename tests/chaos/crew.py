@@ -174,9 +174,12 @@ class Crew:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """The books, on a new connection: the server may have been restarted since the last look."""
-        self.database.close()
-        with self.database.reading() as connection:
-            yield connection
+        database = Database(self.database_url)
+        try:
+            with database.reading() as connection:
+                yield connection
+        finally:
+            database.close()
 
     def recover(self, state_dir: Path | None = None) -> None:
         """A new process, long after, takes over what the dead left; returns once nothing is left."""
