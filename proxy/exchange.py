@@ -244,16 +244,16 @@ class Exchange:
         )
         answer = self._desk.teller.reserve(job)
         try:
-            async with asyncio.timeout(HELD_SECONDS_MAX):
-                return await answer
+            if await self._done_within(answer, HELD_SECONDS_MAX):
+                return answer.result()
         except LedgerDown:
-            return LedgerUnavailable()
-        except TimeoutError:
-            self._desk.teller.withdraw(job, answer)
             return LedgerUnavailable()
         except asyncio.CancelledError:
             self._desk.teller.withdraw(job, answer)
             raise
+        else:
+            self._desk.teller.withdraw(job, answer)
+            return LedgerUnavailable()
         finally:
             self._desk.metrics.overhead.labels("reserve").observe(time.perf_counter() - started)
 
@@ -283,8 +283,7 @@ class Exchange:
             self._count(booking)
         except Exception:  # Such as a full disk under the metrics of several workers: the client still gets its end.
             log.exception("exchange_not_counted", request_id=self._request.request_id)
-        await asyncio.wait((booked,), timeout=BOOKED_FIRST_SECONDS)
-        if not booked.done():
+        if not await self._done_within(booked, BOOKED_FIRST_SECONDS):
             await self._desk.teller.secure(booking)
         try:
             await self._end(outcome, delivery)
@@ -295,6 +294,23 @@ class Exchange:
         await booked
         if cancelled is not None:
             raise cancelled
+
+    async def _done_within(self, future: asyncio.Future[Any], seconds: float) -> bool:
+        """Wait until the future is done, or for so long. It is left as it is; asyncio's own ways cost several times as much."""
+        waiting: asyncio.Future[None] = self._loop.create_future()
+
+        def wake(*_: object) -> None:
+            if not waiting.done():
+                waiting.set_result(None)
+
+        future.add_done_callback(wake)
+        patience = self._loop.call_later(seconds, wake)
+        try:
+            await waiting
+        finally:
+            patience.cancel()
+            future.remove_done_callback(wake)
+        return future.done()
 
     async def _converse(self, admitted: Admitted) -> None:
         """Send the request and relay the answer, within the deadline of the whole exchange."""

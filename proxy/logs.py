@@ -3,6 +3,7 @@ nowhere else: keys, passwords, query strings, local variables."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -62,24 +63,41 @@ def configure(stream: TextIO) -> None:
 
 
 class _Destination:
-    """Where lines go. Loggers keep it for as long as they live, so that the stream behind it can change."""
+    """Where lines go. Loggers keep it for as long as they live, so that the stream behind it can change.
 
-    stream: TextIO | None = None
+    Lines of one turn of the event loop go out together, for each write is a call into the kernel that every client waits for.
+    They are out before anything that the same turn sends to a client.
+    """
+
+    def __init__(self) -> None:
+        self.stream: TextIO | None = None
+        self._lines: list[str] = []
 
     def write(self, text: str) -> None:
+        self._lines.append(text)
+        if len(self._lines) == 1 and (loop := _loop()) is not None:
+            loop.call_soon(self._emit)
+
+    def flush(self) -> None:
+        if _loop() is None:
+            self._emit()
+
+    def _emit(self) -> None:
+        lines, self._lines = self._lines, []
         try:
-            if self.stream is not None:
-                self.stream.write(text)
+            if self.stream is not None and lines:
+                self.stream.write("".join(lines))
+                self.stream.flush()
         except (OSError, ValueError):
             # Nobody reads the log any more. An exchange still has to be paid for and booked.
             pass
 
-    def flush(self) -> None:
-        try:
-            if self.stream is not None:
-                self.stream.flush()
-        except (OSError, ValueError):
-            pass
+
+def _loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 _destination = _Destination()

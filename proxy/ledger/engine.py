@@ -198,7 +198,8 @@ def _open_sqlite(url: URL, *, writes: bool) -> Engine:
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         # A deferred transaction that reads and then writes fails under a second writer; an immediate one waits its turn.
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        with driver_of(connection) as driver:
+            driver.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
 
