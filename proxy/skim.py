@@ -56,6 +56,9 @@ _member = re.compile(
     + rb'("' + _PLAIN + rb'{0,512}+"|-?(?:0|[1-9][0-9]{0,20}+)|true|false|null)' + _SPACE + rb"([,}])" + _SPACE
 )  # fmt: skip
 
+# "name": before whatever the expression above leaves, an object or array as a rule.
+_label = re.compile(rb'"(' + _PLAIN + rb'{0,64}+)"' + _SPACE + rb":" + _SPACE)
+
 # Made once: json.loads makes a decoder at each call that asks for anything but its own.
 _loads = json.JSONDecoder(strict=False).decode
 
@@ -173,6 +176,11 @@ class Skim:
         member = _member.match(data, at)
         if member is not None:
             return self._take_members(data, member)
+        label = _label.match(data, at)
+        if label is not None:
+            self._node = self._child(label[1])
+            self._step = Skim._value
+            return label.end()
         if data[at] != _QUOTE:
             raise self._fault("expected a name in double quotes", at)
         return self._open_string(at, is_name=True, room=NAME_BYTES_MAX)

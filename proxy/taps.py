@@ -261,15 +261,16 @@ class _Facts:
 
     def note(self, found: Found) -> None:
         """Take up one value of :data:`_SHARED_WATCH`. Of a name given twice the last counts, as for every JSON reader."""
-        match found.path:
-            case ("size",):
-                self.size = _reported(found)
-            case ("quality",):
-                self.quality = _reported(found)
-            case ("error",):
-                self.error = found.kind != "null"
-            case ("usage", count) if found.kind == "number" and _COUNT.fullmatch(found.raw):
-                self.counts[count] = int(found.raw)
+        name = found.path[0]
+        if name == "usage":
+            if found.kind == "number" and _COUNT.fullmatch(found.raw):
+                self.counts[found.path[1]] = int(found.raw)
+        elif name == "size":
+            self.size = _reported(found)
+        elif name == "quality":
+            self.quality = _reported(found)
+        elif name == "error":
+            self.error = found.kind != "null"
 
     def image(self, measured_size: str | None) -> DeliveredImage:
         return DeliveredImage(self.size, self.quality, measured_size if self.size is None else None)
@@ -329,12 +330,14 @@ class _Document:
 
     def _take_up(self) -> None:
         for found in self._skim.found:
-            if found.path[0] == "data":
+            name = found.path[0]
+            if name == "data":
                 self._note_data(found)
             else:
                 self._close_element()
                 self._facts.note(found)
-            self._known |= found.path in (("created",), ("data",))
+            if name in ("data", "created"):
+                self._known = True
         self._skim.found.clear()
         if self._skim.whole:
             self._close_element()
