@@ -8,7 +8,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 
-.PHONY: run install test chaos bench lint lock
+.PHONY: run install test chaos bench lint lock sbom licences audit
 .DELETE_ON_ERROR:
 
 # Without an upstream key there is nothing to relay to, so the demo brings its own upstream.
@@ -40,11 +40,25 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Writes the lock files anew, with the newest releases that fit. The build's lock follows the development lock where
-# they name the same package, since both end up in one environment.
+# What ships, as a CycloneDX bill of materials.
+sbom: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m deploy.supply.materials dist/beanmeter.cdx.json
+
+# The tables of docs/licences.md, from the same.
+licences: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m deploy.supply.licences
+
+# Known faults of what ships. Strict, for without it a package that could not be looked up would pass.
+audit: $(VENV)/.installed-dev
+	$(VENV)/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements-full.txt
+
+# Writes the lock files anew, with the newest releases that fit: what is needed, that and the extras for users, all that for
+# who develops. The build's lock follows the development lock where they name the same package, since both end up in one
+# environment.
 lock:
 	$(LOCK) --upgrade pyproject.toml --output-file requirements.txt
-	$(LOCK) --upgrade pyproject.toml --extra dev --constraint requirements.txt --output-file requirements-dev.txt
+	$(LOCK) --upgrade pyproject.toml --extra oidc --extra otel --constraint requirements.txt --output-file requirements-full.txt
+	$(LOCK) --upgrade pyproject.toml --extra dev --constraint requirements-full.txt --output-file requirements-dev.txt
 	printf 'hatchling>=1.27\neditables>=0.5\n' | \
 		$(LOCK) --upgrade - --constraint requirements-dev.txt --output-file requirements-build.txt
 

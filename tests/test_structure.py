@@ -103,7 +103,8 @@ def test_every_room_of_the_table_exists() -> None:
 
 
 def test_there_are_three_lock_files() -> None:
-    assert [path.name for path in LOCK_FILES] == ["requirements-build.txt", "requirements-dev.txt", "requirements.txt"]
+    names = ["requirements-build.txt", "requirements-dev.txt", "requirements-full.txt", "requirements.txt"]
+    assert [path.name for path in LOCK_FILES] == names
 
 
 @pytest.mark.parametrize("path", LOCK_FILES, ids=lambda path: path.name)
