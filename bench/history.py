@@ -83,6 +83,11 @@ SELECT date(created_at), team_id, key_id, model, operation, size, quality, count
 FROM charges GROUP BY 1, 2, 3, 4, 5, 6, 7
 """
 
+_TEAM_DAYS = """
+INSERT INTO team_days (day, team_id, requests, images, settled_micro_usd, reserved_micro_usd)
+SELECT day, team_id, sum(requests), sum(images), sum(settled_micro_usd), sum(reserved_micro_usd) FROM rollups GROUP BY 1, 2
+"""
+
 
 def fill(path: Path, charges: int, now: datetime) -> None:
     """A database with so many charges over the last :data:`DAYS` days, and what is kept beside them."""
@@ -107,6 +112,7 @@ def fill(path: Path, charges: int, now: datetime) -> None:
         }
         connection.execute(text(_FILL), values)
         connection.execute(text(_ROLLUPS))
+        connection.execute(text(_TEAM_DAYS))
     with database.reading() as connection:
         (sums,) = spend(connection, ())
     database.close()

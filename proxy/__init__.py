@@ -10,8 +10,8 @@ The rooms, from the ground up. A file imports only from floors below its own.
   bodies on disk, HTTP to one upstream
 - floor 4: ``ledger/``, ``upstream``, ``logs``, ``signals``, ``simulator/`` -- the database, the way to BeansAI, what the
   operating system tells, a BeansAI to try against
-- floor 5: ``metrics``, ``keyring``, ``refusals``, ``usage`` -- what is counted, who is calling, what a caller reads when the
-  ledger says no, what tools read of prices and sums
+- floor 5: ``metrics``, ``tracing/``, ``keyring``, ``refusals``, ``usage`` -- what is counted, what is told of an exchange to
+  others, who is calling, what a caller reads when the ledger says no, what tools read of prices and sums
 - floor 6: ``exchange``, ``admin/``, ``pages/`` -- one exchange's life, from the hold to the books; what the operator sees and
   changes; what people look at
 - floor 7: ``gateway``, ``endpoints`` -- from a client's request to an exchange, and what is asked with GET

@@ -39,6 +39,7 @@ from proxy.settings import Settings, load, load_card
 from proxy.signals import Signals, Terms
 from proxy.supervisor import Supervisor
 from proxy.tokens import new_request_id
+from proxy.tracing import Tracing, open_tracing
 from proxy.upstream import Upstream
 
 # The paths on the way of money, spelled so and not otherwise: another spelling of a path is another path.
@@ -67,7 +68,7 @@ def utc_now() -> datetime:
 class _Shift:
     """Requests that begin by the same settings and prices. They also end by them, whatever is decided meanwhile."""
 
-    def __init__(self, terms: Terms, database: Database, teller: Teller, metrics: Metrics) -> None:
+    def __init__(self, terms: Terms, database: Database, teller: Teller, metrics: Metrics, tracing: Tracing) -> None:
         settings, card = terms
         assert settings.upstream_key is not None
         keyring = Keyring(database, utc_now, settings.revocation_seconds)
@@ -78,6 +79,7 @@ class _Shift:
             upstream=self._upstream,
             upstream_key=settings.upstream_key.get_secret_value(),
             metrics=metrics,
+            tracer=tracing.toward(settings.upstream_url),
             timeout_seconds=settings.upstream_timeout_seconds,
         )
         self._gateway = Gateway(
@@ -89,7 +91,7 @@ class _Shift:
             spool_directory=Path(settings.state_dir) / "spool",
         )
         door = Door(None if settings.admin_token is None else settings.admin_token.get_secret_value())
-        self.rest = make_endpoints(database, keyring, card, metrics, utc_now, door, settings.size_aliases)
+        self.rest = make_endpoints(database, keyring, card, metrics, utc_now, door, settings.size_aliases, settings.openid)
         self._requests = 0
         self._quiet = asyncio.Event()
 
@@ -150,24 +152,34 @@ class Application:
                 # The exchange was ended with the process: it is booked, and its client knows.
                 if not self._leaving:
                     raise
+            except Exception:
+                self._metrics.internal_errors.labels("request").inc()
+                raise
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """What requests need: to be entered before the first, and left after the last."""
         journals = self._journals
+        self._tracing = open_tracing(self.settings)
         self._teller = Teller(self._database, utc_now, self._metrics, Journal(journals), self._metrics.journal_entries.set)
         self._teller.start()
         self._begin()
+        refused = self._metrics.refused_lately
+        counting = asyncio.create_task(refused.run(self._database, utc_now))
         try:
             yield
         finally:
             self._sweeping.cancel()
+            counting.cancel()
             await asyncio.wait((self._sweeping, self._noting), timeout=CLOSE_SECONDS)
             # Exchanges first, for they book; the teller next, for it writes; then what both used.
             for finishing in self._finishing.values():
                 finishing.cancel()
             await asyncio.gather(*(shift.close() for shift in (self._shift, *self._finishing)))
-            await self._teller.close(CLOSE_SECONDS)
+            noting = asyncio.create_task(refused.note(self._database, utc_now))
+            await asyncio.gather(
+                self._teller.close(CLOSE_SECONDS), self._tracing.close(), asyncio.wait((noting,), timeout=CLOSE_SECONDS)
+            )
             self._database.close()
 
     def adopt(self, terms: Terms) -> None:
@@ -184,7 +196,7 @@ class Application:
         self._leaving = True
 
     def _begin(self) -> None:
-        self._shift = _Shift(self._terms, self._database, self._teller, self._metrics)
+        self._shift = _Shift(self._terms, self._database, self._teller, self._metrics, self._tracing)
         self._noting = asyncio.create_task(self._note_prices())
         sweeper = Sweeper(
             self._database, self._teller, utc_now, journals=self._journals, review_hours=self.settings.review_hours

@@ -36,6 +36,7 @@ from proxy.ledger.migrate import require_current
 from proxy.ledger.reports import BudgetStatus, Figures, list_budgets, read_figures
 from proxy.metrics import NO_TEAM, Metrics
 from proxy.prices import PriceCard
+from proxy.settings import OpenID
 from proxy.tokens import KEY_PREFIX, new_request_id
 
 Clock = Callable[[], datetime]
@@ -53,6 +54,7 @@ def make_endpoints(
     clock: Clock,
     door: Door,
     aliases: Mapping[str, str],
+    openid: OpenID | None,
 ) -> ASGIApp:
     """The application for everything but the priced paths."""
     endpoints = _Endpoints(database, keyring, card, metrics, clock, door, aliases)
@@ -68,7 +70,7 @@ def make_endpoints(
             Route("/v1/organization/usage/images", endpoints.images),
             Route("/v1/organization/costs", endpoints.costs),
             *admin.make_admin(database, door, clock, card, aliases),
-            *pages.make_pages(database, door, clock, card, aliases, metrics),
+            *pages.make_pages(database, door, clock, card, aliases, metrics, openid),
         ],
         exception_handlers={
             Refusal: endpoints.refuse,
@@ -167,7 +169,7 @@ class _Endpoints:
     async def refuse(self, request: Request, error: Exception) -> Response:
         """A refusal, as the gateway answers it."""
         assert isinstance(error, Refusal)
-        self._metrics.refusals.labels(NO_TEAM, error.code).inc()
+        self._metrics.refused(NO_TEAM, error.code)
         identity = new_request_id(self._clock()).encode("ascii")
         response = Response(b"" if request.method == "HEAD" else error.body(), error.status)
         response.raw_headers = [
@@ -187,6 +189,7 @@ class _Endpoints:
         return await self.refuse(request, MethodNotAllowed("GET, HEAD"))
 
     async def failed(self, _request: Request, _error: Exception) -> Response:
+        self._metrics.internal_errors.labels("endpoint").inc()
         error = {"message": "The gateway failed; its log has the details.", "type": "server_error", "param": None}
         return JSONResponse({"error": {**error, "code": "internal_error"}}, 500, headers=dict([_text(SOURCE_HEADER)]))
 

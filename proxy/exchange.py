@@ -41,6 +41,7 @@ from proxy.prices import Order, PriceCard
 from proxy.refusals import refusal_of
 from proxy.spool import Spool, spliced_size
 from proxy.taps import Delivery, Tap, open_tap
+from proxy.tracing import Span, Tracer
 from proxy.upstream import Answer, BrokeOff, Unreachable, Upstream
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -85,6 +86,7 @@ class Desk:
     upstream: Upstream
     upstream_key: str
     metrics: Metrics
+    tracer: Tracer
     timeout_seconds: float
 
 
@@ -100,6 +102,7 @@ class Request:
     headers: headers.Headers
     body: Spool
     repeat: Repeatable | None
+    span: Span
     started: float
 
     @property
@@ -219,7 +222,8 @@ class Exchange:
         """Hold, send, relay, book. Returns when the charge is in the books, or with a refusal when nothing was held."""
         try:
             if self._client.gone:
-                self._desk.metrics.refusals.labels(self._request.holder.team, "client_gone").inc()
+                self._desk.metrics.refused(self._request.holder.team, "client_gone")
+                self._tell_refused("client_gone", None)
                 return
             decision = await self._reserve()
             if isinstance(decision, Admitted):
@@ -228,6 +232,7 @@ class Exchange:
                 await self._refuse(refusal_of(decision))
         finally:
             self._request.body.close()
+            self._request.span.close()
 
     async def _reserve(self) -> Decision | LedgerUnavailable:
         request, started = self._request, time.perf_counter()
@@ -271,10 +276,12 @@ class Exchange:
         except asyncio.CancelledError as error:  # The process ends: what is known by now is booked first.
             cancelled = error
         except Exception:
+            self._desk.metrics.internal_errors.labels("exchange").inc()
             log.exception("exchange_failed", request_id=self._request.request_id)
         try:
             outcome, delivery = self._conclude()
         except Exception:  # A reader that fails on an answer must not leave its charge open: a person looks at it.
+            self._desk.metrics.internal_errors.labels("answer").inc()
             log.exception("answer_not_read", request_id=self._request.request_id)
             outcome, delivery = unanswered(self._request.reading.dearest, self._request.hold_micro_usd), Delivery()
         booking = self._booking(outcome, delivery)
@@ -342,6 +349,8 @@ class Exchange:
         # Whatever of the body is on disk has been sent, and an answer can take minutes.
         request.body.close()
         self._desk.metrics.upstream_responses.labels(request.order.operation, f"{answer.status // 100}xx").inc()
+        if answer.status == 429:
+            self._desk.metrics.upstream_rate_limited.labels(request.order.operation).inc()
         return answer
 
     async def _relay(self, answer: Answer, admitted: Admitted) -> None:
@@ -462,13 +471,21 @@ class Exchange:
             reserved_micro_usd=outcome.reserved_micro_usd,
             upstream_status=booking.upstream_status,
             seconds=round(seconds, 4),
+            **request.span.ids,
         )
+        request.span.booked(request.holder, order, request.hold_micro_usd, booking)
 
     async def _refuse(self, refusal: Refusal) -> None:
         request = self._request
-        self._desk.metrics.refusals.labels(request.holder.team, refusal.code).inc()
-        log.info("refused", request_id=request.request_id, team=request.holder.team, code=refusal.code, status=refusal.status)
+        self._desk.metrics.refused(request.holder.team, refusal.code)
+        team, ids = request.holder.team, request.span.ids
+        log.info("refused", request_id=request.request_id, team=team, code=refusal.code, status=refusal.status, **ids)
+        self._tell_refused(refusal.code, refusal.status)
         await refuse(self._client, refusal, request.request_id)
+
+    def _tell_refused(self, code: str, status: int | None) -> None:
+        request = self._request
+        request.span.refused(code, status=status, team=request.holder.team, order=request.order)
 
     def _watch_reader(self) -> None:
         """Let a reader go that takes nothing any more, or too slowly for what is left of the time; looks twice within the

@@ -61,6 +61,7 @@ class Gateway:
         request_id = tokens.new_request_id(self._clock())
         body = Spool(self._spool_directory)
         team = NO_TEAM
+        span = self._desk.tracer.start(operation, scope["headers"], request_id)
         try:
             holder = await self._keyring.holder(scope["headers"])
             team = holder.team
@@ -69,12 +70,14 @@ class Gateway:
             reading = await self._read(operation, scope["headers"], receive, body, repeat)
         except Refusal as refusal:
             body.close()
-            self._desk.metrics.refusals.labels(team, refusal.code).inc()
-            log.info("refused", request_id=request_id, team=team, code=refusal.code, status=refusal.status)
+            self._desk.metrics.refused(team, refusal.code)
+            log.info("refused", request_id=request_id, team=team, code=refusal.code, status=refusal.status, **span.ids)
+            span.refused(refusal.code, status=refusal.status, team=team, order=None)
             await refuse(client, refusal, request_id)
             return
         except BaseException:
             body.close()
+            span.close()
             raise
         request = Request(
             request_id=request_id,
@@ -82,9 +85,10 @@ class Gateway:
             reading=reading,
             hold_micro_usd=self._desk.card.hold(reading.dearest),
             query=scope["query_string"],
-            headers=scope["headers"],
+            headers=span.headers(scope["headers"]),
             body=body,
             repeat=repeat.digests(),
+            span=span,
             started=started,
         )
         await self._start(Exchange(self._desk, request, client))

@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, values
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -21,9 +21,12 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.values import MultiProcessValue
 
 from proxy import __version__
-from proxy.ledger.reports import Figures
+from proxy.ledger.refused import Refused
+from proxy.ledger.reports import BudgetStatus, Figures
 from proxy.ledger.teller import Step
 from proxy.money import MICRO_PER_USD
+from proxy.periods import Period
+from proxy.prices import Operation
 
 # An image takes from a second to some minutes; an own step takes from a tenth of a millisecond to some seconds.
 _EXCHANGE_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600)
@@ -72,6 +75,8 @@ class Metrics:
             "beanmeter_requests_total", "Exchanges, by the state of their charge at the end.", "team", "operation", "outcome"
         )
         self.refusals = counter("beanmeter_refusals_total", "Requests that the gateway refused.", "team", "code")
+        # The same, on its way into the books.
+        self.refused_lately = Refused()
         self.images = counter("beanmeter_images_total", "Images delivered.", *_IMAGE)
         self.spend = counter("beanmeter_spend_usd_total", "Settled spend in USD.", *_IMAGE)
         self.duration = histogram(
@@ -102,6 +107,19 @@ class Metrics:
         self.upstream_responses = counter(
             "beanmeter_upstream_responses_total", "Answers of the upstream.", "operation", "status_class"
         )
+        self.upstream_rate_limited = counter(
+            "beanmeter_upstream_rate_limited_total",
+            "Answers of the upstream with status 429, which are among the 4xx.",
+            "operation",
+        )
+        self.internal_errors = counter(
+            "beanmeter_internal_errors_total", "Errors of the gateway's own that nobody foresaw.", "where"
+        )
+        # What may never happen is there from the start: of a series that is not there, nobody knows that it is zero.
+        for operation in get_args(Operation):
+            self.upstream_rate_limited.labels(operation)
+        for where in ("request", "exchange", "answer", "endpoint"):
+            self.internal_errors.labels(where)
         self.response_bytes = counter("beanmeter_response_bytes_total", "Bytes of answers' bodies.", "operation")
         self.ledger_commit = histogram(
             "beanmeter_ledger_commit_seconds", "A ledger transaction, from its beginning to its commit.", _STEP_SECONDS, "step"
@@ -119,6 +137,11 @@ class Metrics:
         self.cost_mismatch = counter(
             "beanmeter_upstream_cost_mismatch_total", "Charges that differ from the cost which the upstream stated."
         )
+
+    def refused(self, team: str, code: str) -> None:
+        """A request was refused."""
+        self.refusals.labels(team, code).inc()
+        self.refused_lately.count(team, code)
 
     def committed(self, step: Step, seconds: float) -> None:
         """A ledger transaction went well."""
@@ -196,14 +219,38 @@ def _ledger(figures: Figures) -> Iterator[Metric]:
             ("held", "What is held against a team's budget in its current period, in USD."),
         )
     }
+    fullest: dict[tuple[str, Period], float] = {}
     for budget in figures.budgets:
-        if budget.scope == "team":
+        if budget.scope == "key":
+            place = (budget.team, budget.period)
+            fullest[place] = max(fullest.get(place, 0.0), _used(budget))
+        else:
             labels = [budget.team, budget.period]
             gauges["limit"].add_metric(labels, budget.limit_micro_usd / MICRO_PER_USD)
             gauges["settled"].add_metric(labels, budget.settled_micro_usd / MICRO_PER_USD)
             gauges["held"].add_metric(labels, budget.held_micro_usd / MICRO_PER_USD)
     yield from gauges.values()
+    # A key is no label: there can be any number of them, and they come and go.
+    keys = GaugeMetricFamily(
+        "beanmeter_key_budget_used_ratio",
+        "Of the budgets of a team's single keys, the fullest: settled and held, by its limit.",
+        labels=["team", "period"],
+    )
+    for place, used in fullest.items():
+        keys.add_metric(place, used)
+    yield keys
     charges = GaugeMetricFamily("beanmeter_charges_open", "Charges that hold money, by state.", labels=["state"])
     for state, count in figures.open_charges.items():
         charges.add_metric([state], count)
     yield charges
+    yield GaugeMetricFamily(
+        "beanmeter_oldest_review_hours",
+        "How long the oldest open review has been waiting, in hours; 0 where there is none.",
+        value=figures.oldest_review_hours,
+    )
+
+
+def _used(budget: BudgetStatus) -> float:
+    """The part of a budget that is used; a budget of nothing is full."""
+    used = budget.settled_micro_usd + budget.held_micro_usd
+    return used / budget.limit_micro_usd if budget.limit_micro_usd else 1.0

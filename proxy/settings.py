@@ -4,6 +4,7 @@ only here."""
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 import tomllib
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ _HOST = re.compile(r"[0-9A-Za-z._:%-]{1,255}", re.ASCII)
 _DATABASE_URL = re.compile(r"sqlite:///[^\x00-\x20:?#][^\x00-\x1f?#]*|postgresql://\S+")
 _USER_INFO = re.compile(r"//[^/@]*@")
 _LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|::1", re.ASCII)
+_SCOPES = re.compile(r"[!#-\[\]-~]+( [!#-\[\]-~]+)*", re.ASCII)
 
 
 class SettingsError(Exception):
@@ -57,6 +59,11 @@ def _number(value: object) -> object:
     return value if type(value) in (int, float) else None
 
 
+def _flag(value: object) -> object:
+    # To pydantic "t", "on" and 1 are true as well; one spelling is enough, and none of them a typing error.
+    return {"true": True, "false": False}.get(value) if isinstance(value, str) else value if type(value) is bool else None
+
+
 def _upstream_url(url: str) -> str:
     parts = urlsplit(url)
     plain = _PRINTABLE.fullmatch(url) and "?" not in url and "#" not in url and "@" not in url
@@ -64,6 +71,30 @@ def _upstream_url(url: str) -> str:
     if not plain or parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError
     return url.rstrip("/")
+
+
+def _issuer(url: str) -> str:
+    # Compared with what tokens say, letter by letter: a slash at its end is a part of it.
+    if not is_safe(_upstream_url(url)):
+        raise ValueError
+    return url
+
+
+def is_safe(url: str) -> bool:
+    """Whether nobody on the way can read or change what a URL is asked and answers: https, or this host itself."""
+    parts = urlsplit(url)
+    return bool(parts.hostname) and (parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname)))
+
+
+def _is_loopback(host: str | None) -> bool:
+    return _LOOPBACK.fullmatch(host or "") is not None
+
+
+def _scopes(scopes: str) -> str:
+    # Without this one it would be another protocol, and without an ID token.
+    if not _SCOPES.fullmatch(scopes) or len(scopes) > 1_024 or "openid" not in scopes.split(" "):
+        raise ValueError
+    return scopes
 
 
 def _matching(pattern: re.Pattern[str]) -> AfterValidator:
@@ -100,12 +131,36 @@ def _aliases(value: object) -> object:
     return aliases
 
 
+def _listed(value: object) -> object:
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
 Whole = BeforeValidator(_whole)
 Number = BeforeValidator(_number)
+Flag = BeforeValidator(_flag)
 Token = Annotated[SecretStr, _secret_matching(_PRINTABLE)]
 AnyPath = Annotated[Path, BeforeValidator(_path)]
 AliasName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")]
 Preset = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")]
+# Names of groups are what an organisation makes of them, whole LDAP paths with commas included.
+ClaimText = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,256}$")]
+ClaimValues = Annotated[tuple[ClaimText, ...], BeforeValidator(_listed)]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenID:
+    """Signing in with an OpenID provider: how it is asked, and what its claims mean. ``client_secret`` is ``None`` for a
+    public client."""
+
+    issuer: str
+    client_id: str
+    client_secret: SecretStr | None
+    scopes: str
+    role_claim: str
+    admin_values: frozenset[str]
+    viewer_values: frozenset[str]
+    team_claim: str | None
+    session_hours: float
 
 
 class Settings(BaseSettings):
@@ -155,6 +210,37 @@ class Settings(BaseSettings):
     drain_seconds: Annotated[float, Number] = Field(
         600, ge=0, le=_DAY_SECONDS, description="a number of seconds from 0 to 86400"
     )
+    traces: Annotated[bool, Flag] = Field(False, description="true or false")
+    oidc_issuer: Annotated[str, AfterValidator(_issuer)] | None = Field(
+        None,
+        description="the provider's issuer as its tokens name it, an https URL (http on loopback alone) with no query, "
+        "fragment or credentials, such as https://login.example.com/realms/staff",
+    )
+    oidc_client_id: Annotated[str, _matching(_PRINTABLE)] | None = Field(
+        None, description="the client's id at the provider, of 1 to 1024 printable ASCII characters without spaces"
+    )
+    oidc_client_secret: Token | None = Field(
+        None, description="the client's secret, of 1 to 1024 printable ASCII characters without spaces"
+    )
+    oidc_scopes: Annotated[str, AfterValidator(_scopes)] = Field(
+        "openid email", description="scopes with one space between them, openid among them, such as 'openid email groups'"
+    )
+    oidc_role_claim: ClaimText = Field(
+        "groups", description="the name of a claim of the ID token, such as groups or realm_access.roles"
+    )
+    oidc_admin_values: ClaimValues | None = Field(
+        None, min_length=1, max_length=256, description="values with commas between them, such as platform-admins"
+    )
+    oidc_viewer_values: ClaimValues | None = Field(
+        None, min_length=1, max_length=256, description="values with commas between them, such as finance,controlling"
+    )
+    oidc_team_claim: ClaimText | None = Field(
+        None, description="the name of a claim of the ID token whose values are names of teams, such as image_teams"
+    )
+    # A role that was taken away at the provider lasts as long as a session: more than a day is not meant.
+    oidc_session_hours: Annotated[float, Number] = Field(
+        12, gt=0, le=24, description="a number of hours above 0 and at most 24"
+    )
 
     # How a field was given, for errors that show only against the price card.
     _shown: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -164,8 +250,25 @@ class Settings(BaseSettings):
         """Takes what :func:`load` gathered and nothing else: the process's environment would be a hidden argument."""
         return (sources["init_settings"],)
 
+    @property
+    def openid(self) -> OpenID | None:
+        """Signing in with an OpenID provider, ``None`` where none is named."""
+        if self.oidc_issuer is None or self.oidc_client_id is None:
+            return None
+        return OpenID(
+            issuer=self.oidc_issuer,
+            client_id=self.oidc_client_id,
+            client_secret=self.oidc_client_secret,
+            scopes=self.oidc_scopes,
+            role_claim=self.oidc_role_claim,
+            admin_values=frozenset(self.oidc_admin_values or ()),
+            viewer_values=frozenset(self.oidc_viewer_values or ()),
+            team_claim=self.oidc_team_claim,
+            session_hours=self.oidc_session_hours,
+        )
 
-SECRETS = ("upstream_key", "admin_token", "database_url")
+
+SECRETS = ("upstream_key", "admin_token", "database_url", "oidc_client_secret")
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +326,45 @@ def load(environ: Mapping[str, str], cwd: Path, overrides: Mapping[str, object] 
         settings = Settings.model_validate({field: entry.value for field, entry in given.items()})
     except ValidationError as error:
         field = str(error.errors(include_url=False, include_input=False, include_context=False)[0]["loc"][0])
-        raise _wrong(given[field], f"expected {Settings.model_fields[field].description}") from None
+        raise _wrong(given[field], f"expected {_expected(field)}") from None
+    _check_openid(settings, given)
+    _check_traces(settings, given)
     settings._shown.update({field: given[field].shown() for field in ("prices", "size_aliases") if field in given})
     return settings
+
+
+def _check_openid(settings: Settings, given: Mapping[str, _Given]) -> None:
+    """The settings of a provider only make sense together."""
+    ours = [field for field in given if field.startswith("oidc_")]
+    if not ours:
+        return
+    for field in ("oidc_issuer", "oidc_client_id"):
+        if field not in given:
+            raise _wrong(given[ours[0]], f"{PREFIX}{field.upper()} has to be set too: it is {_expected(field)}")
+    roles = ("oidc_admin_values", "oidc_viewer_values", "oidc_team_claim")
+    if not any(field in given for field in roles):
+        names = " or ".join(PREFIX + field.upper() for field in roles)
+        raise _wrong(given["oidc_issuer"], f"nobody could sign in with it: say who may, with {names}")
+    twice = {*(settings.oidc_admin_values or ())} & {*(settings.oidc_viewer_values or ())}
+    if twice:
+        raise _wrong(given["oidc_viewer_values"], f"{sorted(twice)[0]!r} is among {PREFIX}OIDC_ADMIN_VALUES too: keep one")
+    if importlib.util.find_spec("authlib") is None:
+        raise _wrong(given["oidc_issuer"], f"signing in {_EXTRA_MISSING}")
+
+
+# No name of an index to install it from: nobody but this project may say what is installed by that name.
+_EXTRA_MISSING = "needs more packages: pip install --require-hashes -r requirements-full.txt, from this release"
+
+
+def _check_traces(settings: Settings, given: Mapping[str, _Given]) -> None:
+    if not settings.traces:
+        return
+    try:
+        missing = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is None
+    except ModuleNotFoundError:  # Not even what it would be in.
+        missing = True
+    if missing:
+        raise _wrong(given["traces"], f"telling traces {_EXTRA_MISSING}")
 
 
 def load_card(settings: Settings) -> PriceCard:
@@ -251,10 +390,12 @@ def cautions(settings: Settings) -> tuple[str, ...]:
     """What the start says aloud about settings that are allowed, and that the operator may not have meant."""
     found = []
     parts = urlsplit(settings.upstream_url)
-    if parts.scheme == "http" and not _LOOPBACK.fullmatch(parts.hostname or ""):
+    if parts.scheme == "http" and not _is_loopback(parts.hostname):
         found.append(f"{PREFIX}UPSTREAM_URL is plain http to another host: the upstream key can be read on the way. Use https.")
     if settings.admin_token is None:
         found.append(f"{PREFIX}ADMIN_TOKEN is not set: the admin API and the dashboard are closed. Set it to open them.")
+        if settings.openid is not None:
+            found.append(f"{PREFIX}OIDC_ISSUER does nothing until {PREFIX}ADMIN_TOKEN is set: sessions are sealed with that.")
     return tuple(found)
 
 
@@ -354,6 +495,10 @@ def _nearest(field: str, *more: str) -> str:
 def _unknown(name: str, place: str, nearest: str) -> SettingsError:
     # The value stays out: a misspelled secret is a secret.
     return SettingsError(f"{_shortened(repr(name)[1:-1])}{place}: there is no such setting; did you mean {nearest}?")
+
+
+def _expected(field: str) -> str | None:
+    return Settings.model_fields[field].description
 
 
 def _wrong(given: _Given, problem: str) -> SettingsError:

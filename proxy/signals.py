@@ -14,7 +14,7 @@ from proxy.prices import PriceCard
 from proxy.settings import PREFIX, Settings, SettingsError, load_card
 
 # What a process has opened when it starts, and can't exchange while it is in use.
-FIXED = ("host", "port", "workers", "database_url", "state_dir")
+FIXED = ("host", "port", "workers", "database_url", "state_dir", "traces")
 
 log = structlog.get_logger(__name__)
 

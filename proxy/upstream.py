@@ -1,4 +1,5 @@
-"""The way to BeansAI: one POST, its answer as it comes. The only file that knows the HTTP client, and no POST is sent twice.
+"""The way to BeansAI: one POST, its answer as it comes. On the way of a request the only file
+that knows the HTTP client, and no POST is sent twice.
 
 The client's own conveniences are left out on purpose: no redirects, no cookies, no retries, no decoding.
 """

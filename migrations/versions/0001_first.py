@@ -159,6 +159,14 @@ def upgrade() -> None:
         postgresql_where=sa.text("state IN ('reserved', 'forwarded', 'review')"),
         sqlite_where=sa.text("state IN ('reserved', 'forwarded', 'review')"),
     )
+    op.create_index(
+        "ix_charges_released",
+        "charges",
+        ["state", "team_id", "created_at"],
+        unique=False,
+        postgresql_where=sa.text("state IN ('released')"),
+        sqlite_where=sa.text("state IN ('released')"),
+    )
     op.create_index("ix_charges_team_id_created_at", "charges", ["team_id", "created_at"], unique=False)
     op.create_index(
         "uq_charges_idempotency",
@@ -218,6 +226,30 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("day", "team_id", "key_id", "model", "operation", "size", "quality", name=op.f("pk_rollups")),
     )
     op.create_table(
+        "team_days",
+        sa.Column("day", sa.Date(), nullable=False),
+        sa.Column("team_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("requests", sa.BigInteger(), nullable=False),
+        sa.Column("images", sa.BigInteger(), nullable=False),
+        sa.Column("settled_micro_usd", sa.BigInteger(), nullable=False),
+        sa.Column("reserved_micro_usd", sa.BigInteger(), nullable=False),
+        sa.CheckConstraint("requests >= 0 AND images >= 0", name=op.f("ck_team_days_counts_not_negative")),
+        sa.CheckConstraint(
+            "settled_micro_usd >= 0 AND reserved_micro_usd >= 0", name=op.f("ck_team_days_amounts_not_negative")
+        ),
+        sa.ForeignKeyConstraint(["team_id"], ["teams.id"], name=op.f("fk_team_days_team_id")),
+        sa.PrimaryKeyConstraint("day", "team_id", name=op.f("pk_team_days")),
+    )
+    op.create_table(
+        "refusals",
+        sa.Column("day", sa.Date(), nullable=False),
+        sa.Column("team", sa.Text(), nullable=False),
+        sa.Column("code", sa.Text(), nullable=False),
+        sa.Column("times", sa.BigInteger(), nullable=False),
+        sa.CheckConstraint("times > 0", name=op.f("ck_refusals_times_positive")),
+        sa.PrimaryKeyConstraint("day", "team", "code", name=op.f("pk_refusals")),
+    )
+    op.create_table(
         "balances",
         sa.Column("budget_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("period_start", sa.Date(), nullable=False),
@@ -231,11 +263,26 @@ def upgrade() -> None:
     op.create_table(
         "sessions",
         sa.Column("digest", sa.LargeBinary(length=32), nullable=False),
+        sa.Column("role", sa.Text(), nullable=False),
         sa.Column("key_id", sa.Text(), nullable=True),
+        sa.Column("account", sa.Text(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("seen_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint("length(digest) = 32", name=op.f("ck_sessions_digest_length")),
+        sa.CheckConstraint("role IN ('admin', 'viewer', 'member')", name=op.f("ck_sessions_role")),
+        sa.CheckConstraint("key_id IS NULL OR (role = 'member' AND account IS NULL)", name=op.f("ck_sessions_key_is_a_member")),
+        sa.CheckConstraint(
+            "key_id IS NOT NULL OR account IS NOT NULL OR role = 'admin'", name=op.f("ck_sessions_token_is_an_admin")
+        ),
         sa.ForeignKeyConstraint(["key_id"], ["keys.id"], name=op.f("fk_sessions_key_id")),
         sa.PrimaryKeyConstraint("digest", name=op.f("pk_sessions")),
+    )
+    op.create_table(
+        "session_teams",
+        sa.Column("digest", sa.LargeBinary(length=32), nullable=False),
+        sa.Column("team_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.ForeignKeyConstraint(["digest"], ["sessions.digest"], name=op.f("fk_session_teams_digest"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(["team_id"], ["teams.id"], name=op.f("fk_session_teams_team_id")),
+        sa.PrimaryKeyConstraint("digest", "team_id", name=op.f("pk_session_teams")),
     )

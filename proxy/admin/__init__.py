@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from proxy import headers
 from proxy.admin.operations import OPERATIONS, Asked, Operation
-from proxy.admin.problems import Problem
+from proxy.admin.problems import Problem, tell
 from proxy.door import Closed, Door, Throttled, Wrong
 from proxy.inputs import InputError, read_body, read_query
 from proxy.ledger.accounts import AccountError
@@ -135,7 +135,7 @@ class _Desk:
             except InputError as error:
                 raise Problem(400, f"{error.message}.", error.field) from None
             except AccountError as error:
-                raise Problem(409, str(error)) from None
+                raise Problem(409, tell(error)) from None
             except IntegrityError:
                 raise Problem(409, "Somebody else changed the same thing at the same time. Look at it again.") from None
             except (SQLAlchemyError, OSError) as error:

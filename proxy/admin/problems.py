@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from starlette.responses import Response
 
-from proxy.ledger.accounts import AccountError
+from proxy.ledger.accounts import AccountError, Remedy
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -46,10 +46,27 @@ class Problem(Exception):
         return response
 
 
+# What helps with an error of the accounts, as requests.
+_REMEDIES: Mapping[Remedy, str] = {
+    "list_teams": "GET /admin/v1/teams lists all, archived ones too",
+    "add_team": "POST /admin/v1/teams makes one",
+    "list_keys": "GET /admin/v1/keys lists the ids, which start with key_",
+    "add_key": "POST /admin/v1/teams/{team}/keys makes a new one",
+    "list_budgets": "GET /admin/v1/budgets lists those there are",
+    "list_limits": "GET /admin/v1/limits lists those there are",
+    "list_reviews": "GET /admin/v1/reviews lists those in review",
+}
+
+
+def tell(error: AccountError) -> str:
+    """What is wrong, and what to ask for next."""
+    return str(error) if error.remedy is None else f"{error}; {_REMEDIES[error.remedy]}"
+
+
 @contextmanager
 def blaming(status: int, field: str | None = None) -> Iterator[None]:
     """What the accounts refuse in this block is a problem with this status, for which ``field`` is to blame."""
     try:
         yield
     except AccountError as error:
-        raise Problem(status, str(error), field) from None
+        raise Problem(status, tell(error), field) from None

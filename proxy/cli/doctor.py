@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import tempfile
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class Finding:
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check all that the gateway needs: settings, prices, database, disk, upstream."""
+    """Check all that the gateway needs: settings, prices, database, disk, upstream, identity provider."""
     from proxy.settings import SettingsError, cautions
 
     try:
@@ -49,13 +50,15 @@ def doctor(as_json: Json = False) -> None:
         "state directory": _examine_state_directory,
         "upstream": _examine_upstream,
     }
+    if settings.openid is not None:
+        checks["identity provider"] = _examine_provider
     findings = [Finding("settings", True, "every setting can be read")]
     findings += [_find(check, examine, settings) for check, examine in checks.items()]
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
         for finding in findings:
-            print(f"{'ok' if finding.ok else 'failed':8}{finding.check:17}{finding.message}")
+            print(f"{'ok' if finding.ok else 'failed':8}{finding.check:19}{finding.message}")
     for caution in cautions(settings):
         say(caution)
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
@@ -111,6 +114,19 @@ def _examine_upstream(settings: Settings) -> str:
     if status in (404, 405):
         return f"{settings.upstream_url} answers, but lists no models (HTTP {status}): the key can't be tried without cost"
     raise Failed(f"{settings.upstream_url}/models answers HTTP {status}: check BEANMETER_UPSTREAM_URL, or try again later")
+
+
+def _examine_provider(settings: Settings) -> str:
+    """Asks for the provider's description of itself. Whether it takes the client shows only when somebody signs in."""
+    from proxy.pages.identity import ProviderError
+    from proxy.pages.oidc import Provider
+
+    assert settings.openid is not None
+    try:
+        asyncio.run(Provider(settings.openid).check())
+    except ProviderError as error:
+        raise Failed(str(error)) from None
+    return f"{settings.openid.issuer} describes itself"
 
 
 def _get_models(base_url: str, key: str) -> int:

@@ -10,6 +10,18 @@ FAILED = 1
 WRONG_SETTINGS = 3
 
 
+# What helps with an error of the accounts, as commands.
+_REMEDIES = {
+    "list_teams": "'beanmeter team list' shows all, archived ones too",
+    "add_team": "make it with 'beanmeter team add NAME'",
+    "list_keys": "'beanmeter key list' shows the ids, which start with key_",
+    "add_key": "make a new one with 'beanmeter key add TEAM'",
+    "list_budgets": "'beanmeter budget list' shows those there are",
+    "list_limits": "'beanmeter limit list' shows those there are",
+    "list_reviews": "'beanmeter review list' shows those in review",
+}
+
+
 class Failed(Exception):
     """A command can't do what it was asked; the message tells the reader what to do instead."""
 
@@ -25,6 +37,8 @@ def explain(error: Exception) -> tuple[int, str] | None:
     match error:
         case SettingsError():
             return WRONG_SETTINGS, _one_line(error)
+        case AccountError(remedy=str(remedy)):
+            return FAILED, f"{_one_line(error)}; {_REMEDIES[remedy]}"
         case Failed() | AccountError() | SchemaError():
             return FAILED, _one_line(error)
         case DBAPIError():

@@ -8,10 +8,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, select
 
@@ -31,8 +30,16 @@ _PRICES = "prices"
 LIMIT_MAX = 1_000_000
 
 
+# What helps the reader of an error on: each surface says in its own words how that is done there.
+Remedy = Literal["list_teams", "add_team", "list_keys", "add_key", "list_budgets", "list_limits", "list_reviews"]
+
+
 class AccountError(ValueError):
-    """A change that can't be made; the message tells the operator what to do instead."""
+    """A change that can't be made. The message says what is wrong, ``remedy`` what helps, where the message does not."""
+
+    def __init__(self, wrong: str, remedy: Remedy | None = None) -> None:
+        super().__init__(wrong)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,7 @@ def add_team(connection: Connection, name: str, *, now: datetime, actor: str) ->
             f"{name!r} can't be a team's name: use up to 64 letters, digits, spaces and . _ @ + & -, a letter or digit first"
         )
     if connection.execute(select(teams.c.id).where(teams.c.name == name)).first():
-        raise AccountError(f"a team named {name!r} exists already; 'beanmeter team list' shows all, archived ones too")
+        raise AccountError(f"a team named {name!r} exists already", "list_teams")
     connection.execute(teams.insert().values(name=name, created_at=now))
     return record(connection, "team.add", name, None, _team_view(_team(connection, name)), now, actor)
 
@@ -157,7 +164,7 @@ def rotate_key(connection: Connection, key_id: str, *, overlap: timedelta, now: 
     """A new key like this one; the old one goes on working for ``overlap``, or until it would have expired."""
     old, team = _lock_key(connection, key_id)
     if not KeyHolder(old.id, team.id, team.name, old.expires_at, old.revoked_at, None).valid(now):
-        raise AccountError(f"key {key_id} is revoked or expired; make a new one with 'beanmeter key add {team.name}'")
+        raise AccountError(f"key {key_id} is revoked or expired", "add_key")
     if old.successor_id is not None:
         raise AccountError(f"key {key_id} has been rotated already; rotate its successor {old.successor_id}")
     lifetime = None if old.expires_at is None else old.expires_at - old.created_at
@@ -223,7 +230,7 @@ def remove_budget(
     found = _budget(connection, team.id, key_id, period)
     scope = _scope_name(team_name, key_id)
     if found is None:
-        raise AccountError(f"{scope} has no budget per {period}; 'beanmeter budget list' shows those there are")
+        raise AccountError(f"{scope} has no budget per {period}", "list_budgets")
     connection.execute(balances.delete().where(balances.c.budget_id == found.id))
     connection.execute(budgets.delete().where(budgets.c.id == found.id))
     record(connection, "budget.remove", scope, _budget_terms(found), None, now, actor)
@@ -239,7 +246,7 @@ def _open_budget(
 
 def _check_scope(connection: Connection, team: Row[Any], key_id: str | None) -> None:
     if key_id is not None and _key(connection, key_id).team_id != team.id:
-        raise AccountError(f"key {key_id} is not of team {team.name!r}; 'beanmeter key list {team.name}' shows its keys")
+        raise AccountError(f"key {key_id} is not of team {team.name!r}", "list_keys")
 
 
 def _budget(connection: Connection, team_id: int, key_id: str | None, period: Period) -> Row[Any] | None:
@@ -271,7 +278,7 @@ def set_limit(
 ) -> dict[str, Any]:
     """Limit requests a minute, or exchanges at a time, of a team or a key. What is ``None`` stays as it was."""
     if rpm is None and concurrency is None:
-        raise AccountError("say what to limit: --rpm, --concurrency or both")
+        raise AccountError("say what to limit: rpm, concurrency or both")
     if any(value is not None and not 0 <= value <= LIMIT_MAX for value in (rpm, concurrency)):
         raise AccountError(f"a limit is a whole number from 0 to {LIMIT_MAX}")
     team = _lock(connection, team_name)
@@ -293,7 +300,7 @@ def remove_limit(connection: Connection, team_name: str, key_id: str | None, *, 
     found = _limit(connection, team.id, key_id)
     scope = _scope_name(team_name, key_id)
     if found is None:
-        raise AccountError(f"{scope} has no limit; 'beanmeter limit list' shows those there are")
+        raise AccountError(f"{scope} has no limit", "list_limits")
     connection.execute(limits.delete().where(limits.c.id == found.id))
     record(connection, "limit.remove", scope, {"rpm": found.rpm, "concurrency": found.concurrency}, None, now, actor)
 
@@ -342,7 +349,9 @@ def note_prices(connection: Connection, version: str, fingerprint: str, *, now: 
 def _team(connection: Connection, name: str) -> Row[Any]:
     row = connection.execute(select(teams).where(teams.c.name == name)).one_or_none()
     if row is None:
-        raise AccountError(_unknown("team", name, connection.scalars(select(teams.c.name)), "beanmeter team add"))
+        near = difflib.get_close_matches(name, list(connection.scalars(select(teams.c.name))), n=1)
+        wrong = f"there is no team named {name!r}"
+        raise AccountError(f"{wrong}; did you mean {near[0]!r}?") if near else AccountError(wrong, "add_team")
     return row
 
 
@@ -359,7 +368,7 @@ def _lock(connection: Connection, name: str) -> Row[Any]:
 def _key(connection: Connection, key_id: str) -> Row[Any]:
     row = connection.execute(select(keys).where(keys.c.id == key_id)).one_or_none()
     if row is None:
-        raise AccountError(f"there is no key {key_id!r}; 'beanmeter key list' shows the ids, which start with key_")
+        raise AccountError(f"there is no key {key_id!r}", "list_keys")
     return row
 
 
@@ -368,12 +377,6 @@ def _lock_key(connection: Connection, key_id: str) -> tuple[Row[Any], Row[Any]]:
     lock_teams(connection, [_key(connection, key_id).team_id])
     key = _key(connection, key_id)
     return key, _team_by_id(connection, key.team_id)
-
-
-def _unknown(kind: str, name: str, known: Iterable[str], remedy: str) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"make it with '{remedy} NAME'"
-    return f"there is no {kind} named {name!r}; {hint}"
 
 
 def _team_view(row: Row[Any]) -> dict[str, Any]:

@@ -9,11 +9,12 @@ of its batch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import structlog
 from sqlalchemy import Connection, func, select
 
 from proxy import periods
@@ -36,6 +37,8 @@ from proxy.ledger.history import earlier_charges, paces_of
 from proxy.ledger.schema import balances, rollups, teams
 from proxy.ledger.statements import Change, Question, Type, instant, read, write
 from proxy.periods import Period
+
+log = structlog.get_logger(__name__)
 
 
 class _Heading(NamedTuple):
@@ -224,7 +227,14 @@ def _book(page: _Page, bookings: Iterable[Booking], now: datetime) -> None:
     for job in bookings:
         charge = page.charges.get(job.charge_id)
         outcome = job.outcome
-        if charge is None or outcome.state not in NEXT[charge.state]:
+        if charge is None:
+            if outcome.state != "released":
+                # What was held is committed before anything is sent: only a database that went back to an earlier state,
+                # such as a standby that was behind, has lost it. The bill has it, so a person has to know.
+                told = {"state": outcome.state, "settled_micro_usd": outcome.settled_micro_usd}
+                log.critical("charge_unknown", charge=job.charge_id, **told)
+            continue
+        if outcome.state not in NEXT[charge.state]:
             continue
         after = charge._replace(
             state=outcome.state,
@@ -440,21 +450,34 @@ _MOVE = Change(
 )
 
 _ADDED = ("requests", "images", "settled_micro_usd", "reserved_micro_usd")
-_SUMMED = (*_Heading._fields, *_ADDED)
+_DAY_FIELDS = ("day", "team_id")
 
-_ADD = Change(
-    _typed(_SUMMED),
-    f"""INSERT INTO rollups ({", ".join(_SUMMED)}) SELECT {", ".join(_SUMMED)} FROM {{rows}} WHERE true
-    ON CONFLICT ({", ".join(_Heading._fields)}) DO UPDATE SET
-        {", ".join(f"{name} = rollups.{name} + excluded.{name}" for name in _ADDED)}""",
-)
+
+def _adding(table: str, fields: tuple[str, ...]) -> Change:
+    columns = (*fields, *_ADDED)
+    return Change(
+        _typed(columns),
+        f"""INSERT INTO {table} ({", ".join(columns)}) SELECT {", ".join(columns)} FROM {{rows}} WHERE true
+        ON CONFLICT ({", ".join(fields)}) DO UPDATE SET
+            {", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in _ADDED)}""",
+    )
+
+
+def _taking(table: str, fields: tuple[str, ...]) -> Change:
+    return Change(
+        _typed((*fields, *_ADDED)),
+        f"""UPDATE {table} SET {", ".join(f"{name} = {table}.{name} + r.{name}" for name in _ADDED)}
+        FROM {{rows}} WHERE {" AND ".join(f"{table}.{name} = r.{name}" for name in fields)}""",
+    )
+
+
+_ADD = _adding("rollups", _Heading._fields)
 
 # A row that something is taken from is there already, and a row to be inserted may hold nothing below zero.
-_TAKE = Change(
-    _typed(_SUMMED),
-    f"""UPDATE rollups SET {", ".join(f"{name} = rollups.{name} + r.{name}" for name in _ADDED)}
-    FROM {{rows}} WHERE {" AND ".join(f"rollups.{name} = r.{name}" for name in _Heading._fields)}""",
-)
+_TAKE = _taking("rollups", _Heading._fields)
+
+_ADD_TO_DAY = _adding("team_days", _DAY_FIELDS)
+_TAKE_FROM_DAY = _taking("team_days", _DAY_FIELDS)
 
 
 def _write(connection: Connection, page: _Page) -> None:
@@ -465,19 +488,38 @@ def _write(connection: Connection, page: _Page) -> None:
         # A budget that was set after the charge's period has no row for that period, and needs none.
         if settled or held
     ]
-    added: list[tuple[object, ...]] = []
-    taken: list[tuple[object, ...]] = []
-    for heading, sums in sorted(page.sums.items(), key=_heading):
-        amounts = (sums.requests, sums.images, sums.settled, sums.reserved)
-        if any(amounts):
-            (taken if min(amounts) < 0 else added).append((*heading, *amounts))
+    days: defaultdict[tuple[date, int], _Sums] = defaultdict(_Sums)
+    for heading, sums in page.sums.items():
+        days[heading.day, heading.team_id].add(sums.requests, sums.images, sums.settled, sums.reserved)
+    taken, added = _apart(page.sums)
+    taken_of_days, added_to_days = _apart(days)
     ended = list(page.ended.values())
-    counts = write(connection, (_TAKE, taken), (_ADD, added), (_END, ended), (_BEGIN, page.begun), (_MOVE, moves))
-    if counts[0] != len(taken):
+    counts = write(
+        connection,
+        (_TAKE, taken),
+        (_TAKE_FROM_DAY, taken_of_days),
+        (_ADD, added),
+        (_ADD_TO_DAY, added_to_days),
+        (_END, ended),
+        (_BEGIN, page.begun),
+        (_MOVE, moves),
+    )
+    if counts[:2] != [len(taken), len(taken_of_days)]:
         raise RuntimeError("a charge is not part of its day's sums: nothing of this batch is written")
     page.ended, page.begun, page.moved = {}, [], {}
     page.sums.clear()
 
 
-def _heading(item: tuple[_Heading, _Sums]) -> _Heading:
+def _apart(changes: Mapping[Any, _Sums]) -> tuple[list[tuple[object, ...]], list[tuple[object, ...]]]:
+    """Sums by the fields of their row, in order: rows that something is taken from, and rows that are only added to."""
+    taken: list[tuple[object, ...]] = []
+    added: list[tuple[object, ...]] = []
+    for fields, sums in sorted(changes.items(), key=_fields):
+        amounts = (sums.requests, sums.images, sums.settled, sums.reserved)
+        if any(amounts):
+            (taken if min(amounts) < 0 else added).append((*fields, *amounts))
+    return taken, added
+
+
+def _fields(item: tuple[tuple[Any, ...], _Sums]) -> tuple[Any, ...]:
     return item[0]

@@ -238,6 +238,9 @@ def _open_postgresql(url: URL, *, writes: bool) -> Engine:
         # Commands write from several threads at once when a server runs them; the teller needs one.
         max_overflow=4,
         pool_timeout=LOCK_WAIT_SECONDS,
+        # After a failover more than one idle connection may be dead, and the teller tries once more, not once for each. The
+        # connection that it keeps at hand is asked only when it is made anew.
+        pool_pre_ping=writes,
         isolation_level="READ COMMITTED" if writes else "REPEATABLE READ",
         connect_args={
             "connect_timeout": CONNECT_SECONDS,

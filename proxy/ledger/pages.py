@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Column, Connection, Select, literal, select, tuple_
+from sqlalchemy import Column, ColumnElement, Connection, Select, bindparam, literal, select, tuple_
 
 from proxy.ledger import reports
 from proxy.ledger.schema import OPEN_STATES, Instant, audit, budgets, charges, keys, limits, teams
@@ -16,8 +16,12 @@ from proxy.ledger.schema import OPEN_STATES, Instant, audit, budgets, charges, k
 # What a row is found again by: its id, or where rows are in the order of time, microseconds since 1970 and its id.
 Place = tuple[int | str, ...]
 
-# Open charges are few among millions, and have an index of their own. SQLite takes it where it reads its very words.
-_OPEN = next(index for index in charges.indexes if index.name == "ix_charges_open").dialect_options["sqlite"]["where"]
+# Open and released charges are few among millions, and have indexes of their own. SQLite takes one where it reads its very
+# words.
+_OPEN, _RELEASED = (
+    next(index for index in charges.indexes if index.name == f"ix_charges_{name}").dialect_options["sqlite"]["where"]
+    for name in ("open", "released")
+)
 
 _START = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -68,6 +72,8 @@ def list_limits(connection: Connection, turn: Turn, *, team: str | None = None) 
 def list_charges(
     connection: Connection,
     turn: Turn,
+    columns: Sequence[str] = reports.CHARGE_COLUMNS,
+    /,
     *,
     team: str | None = None,
     key_id: str | None = None,
@@ -77,14 +83,29 @@ def list_charges(
     newest_first: bool = False,
 ) -> Page:
     """Charges in the order of their reservation, from ``since`` (inclusive) to ``until`` (exclusive)."""
-    columns = [teams.c.name.label("team") if name == "team" else charges.c[name] for name in reports.CHARGE_COLUMNS]
-    query = _of_team(select(*columns).join(teams, teams.c.id == charges.c.team_id), team)
-    if key_id is not None:
-        query = query.where(charges.c.key_id == key_id)
+    shown = [teams.c.name.label("team") if name == "team" else charges.c[name] for name in columns]
+    query = select(*shown).join(teams, teams.c.id == charges.c.team_id)
+    # The narrowest index is to be taken, whatever a database believes of the others: an open charge is one of few, then a
+    # released one of its team, then any of its key or team. What something is added to offers no index. Ids are written out:
+    # of a parameter, PostgreSQL assumes as many charges as others have, and would look through those of all teams.
+    team_id: ColumnElement[Any] = charges.c.team_id
+    key: ColumnElement[Any] = charges.c.key_id
     if state is not None:
         query = query.where(charges.c.state == state)
     if state in OPEN_STATES:
-        query = query.where(_OPEN)
+        query, team_id, key = query.where(_OPEN), team_id + 0, key + ""
+    elif state == "released" and team is not None:
+        query, key = query.where(_RELEASED), key + ""
+    if key_id is not None:
+        owner = team_of_key(connection, key_id)
+        if owner is None or team not in (None, owner):
+            return Page([], None)
+        query = query.where(key == bindparam("key", key_id, literal_execute=True))
+    if team is not None and (key_id is None or state == "released"):
+        its_id = connection.execute(select(teams.c.id).where(teams.c.name == team)).scalar()
+        if its_id is None:
+            return Page([], None)
+        query = query.where(team_id == bindparam("team", its_id, literal_execute=True))
     query = _within(query, charges.c.created_at, since, until)
     return _page(connection, query, [charges.c.created_at, charges.c.id], turn, newest_first=newest_first)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Date, Select, and_, case, cast, func, or_, select
@@ -70,10 +70,12 @@ class BudgetStatus:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What metrics read from the ledger at a scrape."""
+    """What metrics read from the ledger at a scrape. ``oldest_review_hours`` is how long the oldest open review has been one; 0
+    where there is none."""
 
     budgets: list[BudgetStatus]
     open_charges: dict[str, int]
+    oldest_review_hours: float
 
 
 def list_budgets(
@@ -207,10 +209,15 @@ def _groups(by: Sequence[str], columns: Any, day: ColumnElement[date]) -> list[C
 
 
 def read_figures(connection: Connection, now: datetime) -> Figures:
-    """Budgets of teams and keys, and how many charges are open in each state."""
-    query = select(charges.c.state, func.count().label("open")).where(charges.c.state.in_(OPEN_STATES))
-    counts = {row.state: row.open for row in connection.execute(query.group_by(charges.c.state))}
-    return Figures(list_budgets(connection, now), {state: counts.get(state, 0) for state in OPEN_STATES})
+    """Budgets of teams and keys, how many charges are open in each state, and how old the oldest review is."""
+    state, since = charges.c.state, func.min(charges.c.finished_at).label("since")
+    query = select(state, func.count().label("open"), since).where(state.in_(OPEN_STATES)).group_by(state)
+    found = {row.state: row for row in connection.execute(query)}
+    return Figures(
+        budgets=list_budgets(connection, now),
+        open_charges={state: found[state].open if state in found else 0 for state in OPEN_STATES},
+        oldest_review_hours=(now - found["review"].since) / timedelta(hours=1) if "review" in found else 0.0,
+    )
 
 
 def list_audit(

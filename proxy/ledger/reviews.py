@@ -24,7 +24,7 @@ def settle(connection: Connection, charge_id: str, micro_usd: int, *, now: datet
 def release(connection: Connection, charge_id: str, reason: str, *, now: datetime, actor: str) -> dict[str, Any]:
     """Release a review: it cost nothing, for the reason given."""
     if not reason.strip() or len(reason) > 500:
-        raise AccountError("say in 1 to 500 characters why this charge cost nothing: --reason")
+        raise AccountError("say in 1 to 500 characters why this charge cost nothing")
     row = _locked(connection, charge_id)
     outcome = Outcome("released", 0, 0, 0, row.size, row.quality, None, "operator")
     return _end(connection, row, outcome, "review.release", now, actor, reason=reason)
@@ -44,7 +44,7 @@ def expire(connection: Connection, charge_id: str, *, now: datetime, actor: str)
 def _locked(connection: Connection, charge_id: str) -> Row[Any]:
     row = _lock(connection, charge_id)
     if row is None:
-        raise AccountError(f"there is no charge {charge_id!r}; 'beanmeter review list' shows those in review")
+        raise AccountError(f"there is no charge {charge_id!r}", "list_reviews")
     if row.state != "review":
         raise AccountError(f"charge {charge_id} is {row.state}, not in review; what has ended stays as it is")
     return row

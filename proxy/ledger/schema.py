@@ -220,6 +220,16 @@ charges = Table(
         postgresql_where=text(_among("state", *OPEN_STATES)),
         sqlite_where=text(_among("state", *OPEN_STATES)),
     ),
+    # So are those that came to nothing, which people look for.
+    Index(
+        "ix_charges_released",
+        # One value throughout: with it in front, SQLite takes this index and not the larger one of the rest.
+        "state",
+        "team_id",
+        "created_at",
+        postgresql_where=text(_among("state", "released")),
+        sqlite_where=text(_among("state", "released")),
+    ),
 )
 
 # Sums over charges by the day of their reservation, written in the transaction that writes the charge.
@@ -239,6 +249,32 @@ rollups = Table(
     _micro_usd("reserved_micro_usd"),
     CheckConstraint("requests >= 0 AND images >= 0", name="counts_not_negative"),
     CheckConstraint("settled_micro_usd >= 0 AND reserved_micro_usd >= 0", name="amounts_not_negative"),
+)
+
+# Sums over those sums by day and team alone, written beside them: what pages show of all teams must not read them all.
+team_days = Table(
+    "team_days",
+    metadata,
+    Column("day", Date, primary_key=True),
+    Column("team_id", ForeignKey("teams.id"), primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("images", BigInteger, nullable=False),
+    _micro_usd("settled_micro_usd"),
+    _micro_usd("reserved_micro_usd"),
+    CheckConstraint("requests >= 0 AND images >= 0", name="counts_not_negative"),
+    CheckConstraint("settled_micro_usd >= 0 AND reserved_micro_usd >= 0", name="amounts_not_negative"),
+)
+
+# How often requests were refused, by the day: every process adds to it now and then. It is no money.
+refusals = Table(
+    "refusals",
+    metadata,
+    Column("day", Date, primary_key=True),
+    # A team's name; empty where no valid key was shown.
+    Column("team", Text, primary_key=True),
+    Column("code", Text, primary_key=True),
+    Column("times", BigInteger, nullable=False),
+    CheckConstraint("times > 0", name="times_positive"),
 )
 
 # Who changed what. Rows are only ever added.
@@ -269,10 +305,23 @@ sessions = Table(
     metadata,
     # Of the random token in the visitor's cookie, made with the admin token: with another one it is no longer found.
     Column("digest", LargeBinary(32), primary_key=True),
-    # The key that was signed in with; nothing for the admin token.
+    Column("role", Text, nullable=False),
+    # The key that was signed in with, or what an identity provider calls this person; neither for the admin token.
     Column("key_id", ForeignKey("keys.id")),
+    Column("account", Text),
     Column("created_at", Instant, nullable=False),
     Column("seen_at", Instant, nullable=False),
     Column("expires_at", Instant, nullable=False),
     CheckConstraint("length(digest) = 32", name="digest_length"),
+    CheckConstraint(_among("role", "admin", "viewer", "member"), name="role"),
+    CheckConstraint("key_id IS NULL OR (role = 'member' AND account IS NULL)", name="key_is_a_member"),
+    CheckConstraint("key_id IS NOT NULL OR account IS NOT NULL OR role = 'admin'", name="token_is_an_admin"),
+)
+
+# The teams of a member who signed in without a key.
+session_teams = Table(
+    "session_teams",
+    metadata,
+    Column("digest", ForeignKey("sessions.digest", ondelete="CASCADE"), primary_key=True),
+    Column("team_id", ForeignKey("teams.id"), primary_key=True),
 )

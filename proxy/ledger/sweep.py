@@ -76,16 +76,21 @@ class Sweeper:
         return len(bookings)
 
     async def sweep(self) -> int:
-        """End what dead processes left open; how many charges that were."""
-        rows = await self._database.ask(lambda connection: find_overdue(connection, self._clock()))
-        if self._reachable_since is None:
-            self._reachable_since = time.monotonic()
-        if time.monotonic() - self._reachable_since < SETTLED_IN_SECONDS:
-            return 0
-        await asyncio.gather(*(self._teller.book(overdue_booking(row)) for row in rows))
-        for row in rows:
-            log.warning("charge_swept", charge=row.id, was=row.state)
-        return len(rows)
+        """End what dead processes left open, however much that is; how many charges that were."""
+        tried: set[str] = set()
+        while True:
+            rows = await self._database.ask(lambda connection: find_overdue(connection, self._clock()))
+            if self._reachable_since is None:
+                self._reachable_since = time.monotonic()
+            # What could not be booked is found again, and has its turn in the next round.
+            if time.monotonic() - self._reachable_since < SETTLED_IN_SECONDS or tried.issuperset(row.id for row in rows):
+                return len(tried)
+            await asyncio.gather(*(self._teller.book(overdue_booking(row)) for row in rows))
+            for row in rows:
+                log.warning("charge_swept", charge=row.id, was=row.state)
+            tried.update(row.id for row in rows)
+            if len(rows) < FOUND_MAX:
+                return len(tried)
 
     async def expire(self) -> int:
         """Settle the reviews whose time is up at what they hold; how many that were."""

@@ -16,6 +16,7 @@ from proxy.door import Door
 from proxy.ledger.engine import Database
 from proxy.metrics import Metrics
 from proxy.prices import PriceCard
+from proxy.settings import OpenID
 
 PREFIX = "/dashboard"
 
@@ -27,10 +28,11 @@ def make_pages(
     card: PriceCard,
     aliases: Mapping[str, str],
     metrics: Metrics,
+    openid: OpenID | None,
 ) -> list[Route]:
     """The routes. ``door`` keeps all of them closed where it opens for nobody; ``card`` and ``aliases`` are the prices and
-    sizes in force."""
-    house = _House(database, door, clock, card, aliases, metrics)
+    sizes in force; ``openid`` is another way to sign in."""
+    house = _House(database, door, clock, card, aliases, metrics, openid)
     return [Route(PREFIX, house), Route(PREFIX + "/{rest:path}", house)]
 
 
@@ -45,23 +47,32 @@ class _House:
         card: PriceCard,
         aliases: Mapping[str, str],
         metrics: Metrics,
+        openid: OpenID | None,
     ) -> None:
         self._parts = (database, door, clock, card, aliases, metrics)
+        self._openid = openid
         self._door = door
         self._pages: ASGIApp | None = None
+        self._making = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._door.opens:
             closed = PlainTextResponse("The dashboard is closed: the operator has set no BEANMETER_ADMIN_TOKEN.\n", 404)
             await closed(scope, receive, send)
             return
-        if self._pages is None:
-            # Reading templates takes a moment, and requests of clients don't wait for it.
-            self._pages = await asyncio.to_thread(self._make)
+        async with self._making:
+            if self._pages is None:
+                # Reading templates takes a moment, and requests of clients don't wait for it.
+                self._pages = await asyncio.to_thread(self._make)
         await self._pages(scope, receive, send)
 
     def _make(self) -> ASGIApp:
         from proxy.pages.desk import Desk
         from proxy.pages.routes import make_router
 
-        return make_router(PREFIX, Desk(*self._parts))
+        provider = None
+        if self._openid is not None:
+            from proxy.pages.oidc import Provider
+
+            provider = Provider(self._openid)
+        return make_router(PREFIX, Desk(*self._parts, provider))

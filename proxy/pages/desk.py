@@ -6,16 +6,17 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
 
 from jinja2 import Environment
 from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from proxy.door import Door
-from proxy.ledger.accounts import AccountError
+from proxy.ledger.accounts import AccountError, Remedy
 from proxy.ledger.engine import Database
 from proxy.ledger.sessions import Session
 from proxy.metrics import Metrics
@@ -23,12 +24,16 @@ from proxy.pages.fields import FieldError
 from proxy.pages.rendering import html
 from proxy.prices import PriceCard
 
+if TYPE_CHECKING:
+    # What is behind it is loaded where a provider is named.
+    from proxy.pages.oidc import Provider
+
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """What a gateway has that pages show."""
+    """What a gateway has that pages show. ``provider`` is that of identities, where there is one."""
 
     database: Database
     door: Door
@@ -36,6 +41,19 @@ class Desk:
     card: PriceCard
     aliases: Mapping[str, str]
     metrics: Metrics
+    provider: Provider | None
+
+
+# What helps with an error of the accounts, where people look.
+_REMEDIES: Mapping[Remedy, str] = {
+    "list_teams": "The overview has all of them, archived ones at its end.",
+    "add_team": "Make it on the overview.",
+    "list_keys": "The team's page lists its keys.",
+    "add_key": "Make a new one in its place.",
+    "list_budgets": "The team's page lists those there are.",
+    "list_limits": "The team's page lists those there are.",
+    "list_reviews": "The page of reviews has those that are left.",
+}
 
 
 class Missing(Exception):
@@ -69,18 +87,26 @@ class Visit:
 
     @property
     def is_admin(self) -> bool:
-        """Whether an operator is asking."""
-        return self.session is not None and self.session.is_admin
+        """Whether an operator is asking, who may change everything."""
+        return self.session is not None and self.session.role == "admin"
 
     @property
-    def team(self) -> str | None:
-        """The only team that this visitor may see; ``None`` for an operator, who may see all."""
-        return None if self.session is None else self.session.team
+    def sees_all(self) -> bool:
+        """Whether this visitor sees what operators see: all teams, reviews, audit, health."""
+        return self.session is not None and self.session.role != "member"
+
+    @property
+    def teams(self) -> tuple[str, ...]:
+        """The teams of a member."""
+        return () if self.session is None else self.session.teams
 
     @property
     def actor(self) -> str:
         """Who made a change, for its audit row."""
-        return "page:admin" if self.is_admin else f"page:team {self.team}"
+        assert self.session is not None
+        if self.session.account is not None:
+            return f"oidc:{self.session.account}"
+        return "page:admin" if self.is_admin else f"page:team {self.teams[0]}"
 
     def named(self, name: str) -> str:
         """A part of the path."""
@@ -101,7 +127,11 @@ class Visit:
             return await self.desk.database.change(write)
         except AccountError as error:
             text = str(error)
-            raise FieldError(field, f"{text[:1].upper()}{text[1:]}.") from None
+            told = text if text.endswith("?") else f"{text}."
+            help = "" if error.remedy is None else f" {_REMEDIES[error.remedy]}"
+            raise FieldError(field, f"{told[:1].upper()}{told[1:]}{help}") from None
+        except IntegrityError:
+            raise FieldError(field, "Somebody else has just done the same. Look at the page again.") from None
 
     async def page(self, template: str, status: int = 200, **context: Any) -> Response:
         """A page from its template. Not in the event loop, where clients' streams go by."""

@@ -19,7 +19,8 @@ def daily_rate(spent: Mapping[date, int], now: datetime, begun_at: datetime) -> 
     first = window_start(now)
     since = max(datetime.combine(first, time(), UTC), begun_at)
     total = sum(amount for day, amount in spent.items() if first <= day <= now.date())
-    return round(total * _DAY / max(now - since, _DAY))
+    # Not as a share of a timedelta: that holds a thousand million days, and a thousand dollars are as many micro-USD.
+    return round(total / (max(now - since, _DAY) / _DAY))
 
 
 def window_start(now: datetime) -> date:

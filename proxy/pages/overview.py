@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Any
@@ -83,7 +82,7 @@ def read_spent(connection: Connection, first: date, now: datetime) -> dict[str, 
 
 
 def first_live_day(now: datetime) -> date:
-    """As far back as the live part of the page looks."""
+    """As far back as totals and rates look."""
     return min(periods.start("month", now), forecast.window_start(now))
 
 
@@ -92,9 +91,8 @@ def first_chart_day(now: datetime) -> date:
     return now.date() - (CHART_DAYS - 1) * _DAY
 
 
-def read_figures(connection: Connection, spent: Spent, now: datetime) -> dict[str, Any]:
-    """What the live part of the page shows."""
-    teams = accounts.list_teams(connection)
+def read_figures(connection: Connection, teams: Sequence[dict[str, Any]], spent: Spent, now: datetime) -> dict[str, Any]:
+    """Where every team's budgets are heading, and what is open."""
     budgets: defaultdict[str, list[reports.BudgetStatus]] = defaultdict(list)
     for status in reports.list_budgets(connection, now):
         if status.scope == "team":
@@ -152,13 +150,6 @@ def _movers(spent: Spent, today: date) -> list[tuple[str, int, int]]:
     return sorted(moved, key=lambda week: (-abs(week[1] - week[2]), week[0]))[:MOVERS]
 
 
-def count_refusals(metrics: Metrics, card: PriceCard) -> list[tuple[str, str, int]]:
-    """Team, code and how many, since the start, most first. Refusals leave nothing in the books."""
-    found = samples(metrics, card, "beanmeter_refusals_total")
-    counted = [(labels["team"], labels["code"], round(value)) for labels, value in found if value]
-    return sorted(counted, key=lambda one: (-one[2], one[0], one[1]))[:REFUSALS]
-
-
 def samples(metrics: Metrics, card: PriceCard, name: str) -> list[tuple[Mapping[str, str], float]]:
     """The labels and values of one metric, of all processes together."""
     page, _ = metrics.page("text/plain", card.version, None)
@@ -167,19 +158,15 @@ def samples(metrics: Metrics, card: PriceCard, name: str) -> list[tuple[Mapping[
 
 
 async def home(visit: Visit) -> Response:
-    """The overview; a team's own page for who signed in with its key."""
-    if visit.team is not None:
-        return visit.go("teams", visit.team)
+    """The overview; for a member the page of the team, or the choice where there are several."""
+    if not visit.sees_all:
+        return visit.go("teams", visit.teams[0]) if len(visit.teams) == 1 else await visit.page("teams.html")
     return await _show(visit, 200, NOTHING_WRONG)
 
 
 async def figures(visit: Visit) -> Response:
     """The live part alone."""
-
-    def read(connection: Connection) -> dict[str, Any]:
-        return read_figures(connection, read_spent(connection, first_live_day(visit.now), visit.now), visit.now)
-
-    return await visit.page("_overview.html", figures=await visit.ask(read))
+    return await visit.page("_overview.html", **await visit.ask(lambda connection: _read(connection, visit.now)))
 
 
 async def spend_csv(visit: Visit) -> Response:
@@ -200,15 +187,19 @@ async def add_team(visit: Visit) -> Response:
     return visit.go("teams", name, said="team_added")
 
 
-async def _show(visit: Visit, status: int, wrong: Wrong) -> Response:
-    def read(connection: Connection) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-        every = accounts.list_teams(connection)
-        archived = [team for team in every if team["archived_at"] is not None]
-        spent = read_spent(connection, min(first_live_day(visit.now), first_chart_day(visit.now)), visit.now)
-        return read_figures(connection, spent, visit.now), chart_days(spent, visit.now), archived
+def _read(connection: Connection, now: datetime) -> dict[str, Any]:
+    """Everything on the page that changes by itself."""
+    teams = accounts.list_teams(connection)
+    spent = read_spent(connection, min(first_live_day(now), first_chart_day(now)), now)
+    return {
+        "figures": read_figures(connection, teams, spent, now),
+        "days": chart_days(spent, now),
+        "refusals": overviews.list_refusals(connection, now.date() - _WEEK + _DAY)[:REFUSALS],
+        "refusals_max": REFUSALS,
+        "archived": [team for team in teams if team["archived_at"] is not None],
+    }
 
-    figures_now, days, archived = await visit.ask(read)
-    refusals = await asyncio.to_thread(count_refusals, visit.desk.metrics, visit.desk.card)
-    return await visit.page(
-        "overview.html", status, figures=figures_now, days=days, archived=archived, refusals=refusals, wrong=wrong
-    )
+
+async def _show(visit: Visit, status: int, wrong: Wrong) -> Response:
+    found = await visit.ask(lambda connection: _read(connection, visit.now))
+    return await visit.page("overview.html", status, **found, wrong=wrong)

@@ -41,7 +41,8 @@ async def cost(visit: Visit) -> Response:
     request_id = visit.asked().get("request_id", "")
     if not request_id.isprintable():
         raise Missing
-    found = await visit.ask(lambda connection: find_charge(connection, request_id, team=visit.team))
+    names = None if visit.sees_all else visit.teams
+    found = await visit.ask(lambda connection: find_charge(connection, request_id, names=names))
     if found is None:
         raise Missing
     return JSONResponse(found)

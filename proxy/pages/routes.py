@@ -19,10 +19,11 @@ from proxy.pages import assets, doors, health, overview, playground, prices, req
 from proxy.pages import audit as changes
 from proxy.pages.desk import Desk, Missing, Visit
 from proxy.pages.fields import FormError
-from proxy.pages.gate import NotFromHere, csrf_token, find_visitor, read_change, session_token
+from proxy.pages.gate import CALLBACK, NotFromHere, csrf_token, find_visitor, read_change, session_token
 from proxy.pages.rendering import make_environment, secure
 
-# Who may have a page: anybody, whoever is signed in, the team named in the path and operators, or operators alone.
+# Who may have a page: anybody, whoever is signed in, members of the team named in the path and who sees all, or the latter
+# alone. Of those who see all, viewers change nothing.
 Access = Literal["anybody", "signed in", "team", "admin"]
 
 log = structlog.get_logger(__name__)
@@ -41,6 +42,8 @@ class Page:
 PAGES: tuple[Page, ...] = (
     Page("GET", "/sign-in", "anybody", doors.show),
     Page("POST", "/sign-in", "anybody", doors.enter),
+    Page("GET", "/sign-in/oidc", "anybody", doors.begin),
+    Page("GET", "/" + "/".join(CALLBACK), "anybody", doors.finish),
     Page("POST", "/sign-out", "signed in", doors.leave),
     Page("GET", "", "signed in", overview.home),
     Page("GET", "/figures", "admin", overview.figures),
@@ -136,6 +139,8 @@ class _Answer:
             return response
         if not _may(visit, page):
             raise Missing
+        if page.method == "POST" and page.access != "signed in" and visit.sees_all and not visit.is_admin:
+            return await _problem(visit, 403, "This was not done", "Your account sees everything here and changes nothing.")
         return await self._go(visit, page)
 
     async def _go(self, visit: Visit, page: Page) -> Response:
@@ -145,10 +150,10 @@ class _Answer:
 
 
 def _may(visit: Visit, page: Page) -> bool:
-    if page.access == "anybody" or visit.is_admin:
+    if page.access == "anybody" or visit.sees_all:
         return True
     if page.access == "team":
-        return visit.named("team") == visit.team
+        return visit.named("team") in visit.teams
     return page.access == "signed in"
 
 

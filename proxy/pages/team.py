@@ -36,12 +36,7 @@ async def show(visit: Visit) -> Response:
 
 async def figures(visit: Visit) -> Response:
     """The live part alone."""
-
-    def read(connection: Connection) -> list[Heading]:
-        team = _team(connection, visit)
-        return _headings(team, _budgets(connection, visit), _spent(connection, visit), visit.now)
-
-    return await visit.page("_team.html", headings=await visit.ask(read))
+    return await visit.page("_team.html", **await _read(visit))
 
 
 async def burn_down_csv(visit: Visit) -> Response:
@@ -291,7 +286,8 @@ def _split(connection: Connection, visit: Visit, by: str, span: int) -> list[dic
     return rows if by == "day" else sorted(rows, key=lambda row: -row["settled_micro_usd"])
 
 
-async def _show(visit: Visit, status: int, wrong: Wrong) -> Response:
+async def _read(visit: Visit) -> dict[str, Any]:
+    """Everything on the page that changes by itself, and what that is made of."""
     by, span = _split_asked(visit)
 
     def read(connection: Connection) -> dict[str, Any]:
@@ -304,7 +300,6 @@ async def _show(visit: Visit, status: int, wrong: Wrong) -> Response:
             "burned": _burn_down(visit, team, budgets, spent),
             "burning": _burning(budgets),
             "split": _split(connection, visit, by, span),
-            "limits": accounts.list_limits(connection, visit.named("team")),
             "opened": overviews.list_open(connection, team=visit.named("team")),
         }
 
@@ -312,29 +307,30 @@ async def _show(visit: Visit, status: int, wrong: Wrong) -> Response:
     # For somebody with a key, that key's own budgets count too.
     key_id = None if visit.session is None else visit.session.key_id
     tight = tightest([one for one in found["budgets"] if one.scope == "team" or one.key_id == key_id])
-    card = visit.desk.card
-    left = {
-        name: images_left(prices, 0 if tight is None else tight.remaining_micro_usd) for name, prices in card.models.items()
+    models = visit.desk.card.models
+    left = {name: images_left(prices, 0 if tight is None else tight.remaining_micro_usd) for name, prices in models.items()}
+    chosen = found["burned"].budget
+    return {
+        **found,
+        "names": {key["id"]: key["name"] or f"…{key['last_four']}" for key in found["team"]["keys"]},
+        "tight": tight,
+        "left": left,
+        "models": models,
+        "by": by,
+        "span": span,
+        "splits": SPLITS,
+        "spans": sorted(SPANS),
+        # What the live part has to be asked for to be the same again.
+        "asked": {"by": by, "days": span} | ({} if chosen is None else {"budget": chosen.period}),
     }
-    names = {key["id"]: key["name"] or f"…{key['last_four']}" for key in found["team"]["keys"]}
+
+
+async def _show(visit: Visit, status: int, wrong: Wrong) -> Response:
+    found = await _read(visit)
+    limits = await visit.ask(lambda connection: accounts.list_limits(connection, visit.named("team")))
     valid = {
         key["id"]
         for key in found["team"]["keys"]
         if key["revoked_at"] is None and (key["expires_at"] is None or key["expires_at"] > visit.now)
     }
-    return await visit.page(
-        "team.html",
-        status,
-        **found,
-        tight=tight,
-        left=left,
-        models=card.models,
-        names=names,
-        valid=valid,
-        by=by,
-        span=span,
-        splits=SPLITS,
-        spans=sorted(SPANS),
-        periods=PERIODS,
-        wrong=wrong,
-    )
+    return await visit.page("team.html", status, **found, limits=limits, valid=valid, periods=PERIODS, wrong=wrong)

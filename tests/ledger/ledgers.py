@@ -19,7 +19,7 @@ from proxy.ledger.books import post
 from proxy.ledger.decisions import Booking, Decision, Reservation
 from proxy.ledger.engine import Database
 from proxy.ledger.migrate import migrate
-from proxy.ledger.schema import balances, budgets, charges, metadata, rollups
+from proxy.ledger.schema import balances, budgets, charges, metadata, rollups, team_days
 from proxy.outcomes import Outcome
 from proxy.periods import Period
 from proxy.prices import Order
@@ -191,3 +191,7 @@ def _check_rollups(connection: Connection, rows: Iterable[Row[Any]]) -> None:
             sums[place] += amount
     found = {tuple(row[:7]): list(row[7:]) for row in connection.execute(select(rollups))}
     assert {key: sums for key, sums in found.items() if any(sums)} == expected
+    by_day: defaultdict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for heading, sums in expected.items():
+        by_day[heading[:2]] = [before + amount for before, amount in zip(by_day[heading[:2]], sums, strict=True)]
+    assert {tuple(row[:2]): list(row[2:]) for row in connection.execute(select(team_days))} == by_day

@@ -25,8 +25,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    found = Database(database_url)
+def database(empty_database_url: str) -> Iterator[Database]:
+    found = Database(empty_database_url)
     yield found
     found.close()
 
@@ -105,13 +105,13 @@ def migrate_in_a_process(url: str) -> bool:
         database.close()
 
 
-def test_of_many_processes_one_migrates_and_the_others_wait(database_url: str) -> None:
+def test_of_many_processes_one_migrates_and_the_others_wait(empty_database_url: str) -> None:
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         # All four are up before the first one starts.
         pool.map(str, range(4))
         # A new file of SQLite's can be opened by two at the wrong moment; it takes some tries to meet it.
-        for attempt in range(20 if database_url.startswith("sqlite") else 2):
-            url = database_url if attempt == 0 else another(database_url, attempt)
+        for attempt in range(20 if empty_database_url.startswith("sqlite") else 2):
+            url = empty_database_url if attempt == 0 else another(empty_database_url, attempt)
             assert sorted(pool.map(migrate_in_a_process, [url] * 4, chunksize=1)) == [False, False, False, True]
 
 

@@ -74,6 +74,10 @@ class Prometheus:
         values = {tuple(sorted(row["metric"].items())): float(row["value"][1]) for row in result}
         return {labels: value for labels, value in values.items() if not math.isnan(value)}
 
+    def shows(self, expression: str) -> bool:
+        """Whether an expression has a value now."""
+        return bool(self.now(expression))
+
     def lately(self, expression: str, seconds: int) -> int:
         """How many values an expression has had at the last so many seconds."""
         end = time.time()

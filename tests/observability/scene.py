@@ -35,6 +35,7 @@ ASKED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("design", GENERATIONS, {"prompt": "[[sim error=400]]"}),
     ("design", GENERATIONS, {"prompt": "[[sim error=500]]"}),
     ("design", GENERATIONS, {"prompt": "[[sim error=401]]"}),
+    ("design", GENERATIONS, {"prompt": "[[sim error=429]]"}),
     ("design", EDITS, {"prompt": "[[sim reset=before-headers]]", "images": [{"image_url": PIXEL}]}),
     ("design", GENERATIONS, {"prompt": "[[sim report-quality=high]]"}),
     ("design", GENERATIONS, {"prompt": "[[sim cost=1]]"}),
@@ -68,6 +69,7 @@ class Scene:
         for period in PERIODS:
             self._set_budget("design", period, 500)
         self._set_budget("press", "month", PRESS_USD)
+        self._set_budget("design", "day", 400, self._key_id("design"))
         # A file where the larger bodies' directory should be: there is no room for them, as on a full disk.
         (place / "var").mkdir()
         (place / "var" / "spool").touch()
@@ -89,10 +91,15 @@ class Scene:
             accounts.add_team(connection, name, now=now(), actor="test")
             return accounts.add_key(connection, name, now=now(), actor="test").key
 
-    def _set_budget(self, team: str, period: Any, usd: float) -> None:
+    def _key_id(self, team: str) -> str:
+        with self.database.reading() as connection:
+            key_id: str = next(key["id"] for key in accounts.list_keys(connection) if key["team"] == team)
+        return key_id
+
+    def _set_budget(self, team: str, period: Any, usd: float, key_id: str | None = None) -> None:
         limit = int(usd * MICRO_PER_USD)
         with self.database.writing() as connection:
-            accounts.set_budget(connection, team, None, period, limit, soft=False, now=now(), actor="test")
+            accounts.set_budget(connection, team, key_id, period, limit, soft=False, now=now(), actor="test")
 
     def wait_until_ready(self) -> None:
         for gateway in self.gateways:

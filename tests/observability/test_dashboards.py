@@ -19,7 +19,7 @@ PROVISIONING = ROOT / "deploy" / "grafana" / "provisioning"
 BUILT_IN = {"__range", "__interval", "__rate_interval"}
 
 # Ids of units as Grafana has them.
-UNITS = {"short", "currencyUSD", "percentunit", "s", "Bps", "ops"}
+UNITS = {"short", "currencyUSD", "percentunit", "s", "h", "Bps", "ops"}
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)

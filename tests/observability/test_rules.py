@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.markdown import spans, table
 from tests.observability.programs import CONFIGURATION, DASHBOARDS, ROOT, RUNBOOK, run
-from tests.test_docs import commands, refusals, spans, table
+from tests.test_docs import commands, refusals
 
 RULES = sorted((CONFIGURATION / "rules").glob("*.yml"))
 UNIT_TESTS = sorted((CONFIGURATION / "tests").glob("*.yml"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import unescape
@@ -142,7 +142,13 @@ def open_house(database_url: str, directory: Path, **settings: str) -> Iterator[
 
 
 @contextmanager
-def serving(database_url: str, directory: Path, token: str = TOKEN, options: SimulatorOptions | None = None) -> Iterator[str]:
+def serving(
+    database_url: str,
+    directory: Path,
+    token: str = TOKEN,
+    options: SimulatorOptions | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[str]:
     """A gateway on books that are there, in front of a simulated BeansAI; its address."""
     loop = Loop()
     simulated = running_simulator(options)
@@ -153,6 +159,7 @@ def serving(database_url: str, directory: Path, token: str = TOKEN, options: Sim
         "BEANMETER_DATABASE_URL": database_url,
         "BEANMETER_STATE_DIR": str(directory),
         "BEANMETER_ADMIN_TOKEN": token,
+        **(settings or {}),
     }
     gateway = running(load(environment, directory), "127.0.0.1", 0)
     try:

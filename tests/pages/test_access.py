@@ -11,11 +11,14 @@ from proxy.ledger import accounts
 from proxy.pages.routes import PAGES, Page
 from tests.live import live_gateway, now
 from tests.pages.house import POLICY, TOKEN, House, Visitor, open_house, serving
+from tests.pages.provider import Claims, Provider, a_provider, sign_in_with
 
 # Who has which page; for everybody else it is not there.
 ACCESS = {
     ("GET", "/sign-in"): "anybody",
     ("POST", "/sign-in"): "anybody",
+    ("GET", "/sign-in/oidc"): "anybody",
+    ("GET", "/sign-in/oidc/callback"): "anybody",
     ("POST", "/sign-out"): "signed in",
     ("GET", ""): "signed in",
     ("GET", "/prices"): "signed in",
@@ -61,8 +64,28 @@ def ask(visitor: Visitor, page: Page, house: House, charge_id: str) -> httpx2.Re
     return visitor.get(path) if page.method == "GET" else visitor.post(path, fields)
 
 
-@pytest.mark.parametrize("who", ["nobody", "another team", "the team", "another key of the team", "an operator"])
-def test_who_may_what(home: House, who: str) -> None:
+@pytest.mark.parametrize(
+    "who",
+    [
+        "nobody",
+        "another team",
+        "the team",
+        "another key of the team",
+        "an operator",
+        "an account of another team",
+        "an account of the team",
+        "an account of both teams",
+        "a viewer",
+        "an account of an admin",
+    ],
+)
+def test_who_may_what(tmp_path: Path, who: str) -> None:
+    with a_provider() as provider, open_house(f"sqlite:///{tmp_path / 'books.db'}", tmp_path, **provider.settings()) as house:
+        provider.sites.add(house.site)
+        check_who_may_what(house, provider, who)
+
+
+def check_who_may_what(home: House, provider: Provider, who: str) -> None:
     charge_id = home.review()["id"]
     _, other_team = home.gateway.add_team("green")
     with home.gateway.database.writing() as connection:
@@ -73,24 +96,43 @@ def test_who_may_what(home: House, who: str) -> None:
         "another key of the team": other_key,
         "an operator": TOKEN,
     }
+    said: dict[str, Claims] = {
+        "an account of another team": {"beanmeter": {"teams": ["green"]}},
+        "an account of the team": {"beanmeter": {"teams": "red"}},
+        "an account of both teams": {"beanmeter": {"teams": ["red", "green"]}},
+        "a viewer": {"groups": ["finance"]},
+        "an account of an admin": {"groups": ["admins"]},
+    }
+    provider.person = {"sub": "ada-1", **said.get(who, {})}
+    of_the_team = who in ("the team", "another key of the team", "an account of the team", "an account of both teams")
+    sees_all = who in ("an operator", "an account of an admin", "a viewer")
     # What ends the key comes last.
     for page in sorted(PAGES, key=lambda page: page.path.endswith("/revoke")):
         visitor = home.visitor()
-        if who != "nobody":
+        if who in said:
+            sign_in_with(visitor)
+        elif who != "nobody":
             visitor.sign_in(credential[who])
         access = ACCESS[page.method, page.path]
         status = ask(visitor, page, home, charge_id).status_code
         where = f"{page.method} {page.path} for {who}"
         if access == "anybody":
-            assert status in (200, 422), where
+            begins = page.path == "/sign-in/oidc"
+            # Nobody comes back from the provider without having gone there.
+            returns = page.path == "/sign-in/oidc/callback"
+            assert status in ((303,) if begins else (403,) if returns else (200, 422)), where
         elif who == "nobody":
             assert status == 303, where
-        elif access == "signed in" or who == "an operator":
+        elif access == "signed in":
             # Of a request by another team, nobody learns that it was made.
-            unseen = page.path == "/playground/cost" and who == "another team"
+            unseen = page.path == "/playground/cost" and not of_the_team and not sees_all
             assert status == 404 if unseen else status in {200, 201, 303, 422}, where
+        elif who == "a viewer":
+            assert status == (200 if page.method == "GET" else 403), where
+        elif sees_all:
+            assert status in {200, 201, 303, 422}, where
         elif access == "team":
-            assert status == (404 if who == "another team" else 200), where
+            assert status == (200 if of_the_team else 404), where
         elif access == "own key":
             assert status in ({201, 303} if who == "the team" else {404}), where
         else:

@@ -55,7 +55,7 @@ def test_a_visit_with_the_keyboard_alone(tmp_path: Path) -> None:
 
         # An overview that is left open shows what comes, without a reload.
         sign_in(overview, TOKEN)
-        row = overview.page.locator("#figures tbody tr")
+        row = overview.page.get_by_role("region", name="Teams").locator("tbody tr")
         assert "$0.2500" in row.inner_text()
         mark(overview.page)
 
@@ -91,7 +91,7 @@ def test_a_visit_with_the_keyboard_alone(tmp_path: Path) -> None:
         page.get_by_text("budget of $0.250000 per month has $0.244100 left").wait_for()
 
         page.goto(team_page)
-        assert "$0.0059" in page.locator("#figures").inner_text()
+        assert "$0.0059" in page.get_by_role("region", name="Budgets of the team").inner_text()
         mark(page)
         window.press(".menu summary")
         window.press("form[action$='/revoke'] button")

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -28,7 +29,7 @@ from proxy.ledger.migrate import migrate
 from proxy.pages import requests
 from proxy.pages.export import csv_response
 from proxy.pages.routes import PAGES
-from tests.live import PRICE_MICRO_USD, now
+from tests.live import PATIENCE_SECONDS, PRICE_MICRO_USD, now
 from tests.pages.house import House, error_at, open_house, text_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,6 +55,22 @@ def statements() -> Iterator[list[str]]:
         event.remove(Engine, "before_cursor_execute", note)
 
 
+@contextmanager
+def parameters() -> Iterator[list[tuple[str, Any]]]:
+    """The same with what they are asked for."""
+    given: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
+        if threading.current_thread().name.startswith("ledger-reader") and statement != "BEGIN":
+            given.append((statement, values))
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        yield given
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+
+
 def test_no_page_takes_more_than_its_queries(house: House) -> None:
     house.gateway.set_budget(10_000_000)
     house.order()
@@ -70,6 +87,52 @@ def test_no_page_takes_more_than_its_queries(house: House) -> None:
             for statement in seen:
                 if "FROM charges" in statement and "sum(" in statement.lower():
                     assert "charges.state IN" in statement, (page.path, statement)
+
+
+# What lies behind a page of requests, however many there are: which index, by state and whether a key is named.
+INDEXES = [
+    *((state, key, "ix_charges_open") for state in ("reserved", "forwarded", "review") for key in (False, True)),
+    *(("released", key, "ix_charges_released") for key in (False, True)),
+    *((state, False, "ix_charges_team_id_created_at") for state in ("", "settled")),
+    *((state, True, "ix_charges_key_id_created_at") for state in ("", "settled")),
+]
+
+
+def test_no_page_reads_all_charges_or_sums(home: House) -> None:
+    visitor = home.operator()
+    asked = [page.path.format(team="red") for page in PAGES if page.method == "GET"]
+    filtered = [
+        (f"/teams/red/requests{kind}?state={state}{f'&key_id={home.gateway.key_id}' if key else ''}{more}", index)
+        for state, key, index in INDEXES
+        for more in ("", "&since=7d", "&until=2026-01-01", "&since=30d&until=7d")
+        for kind in ("", ".csv")
+    ]
+    with home.gateway.database.reading() as connection:
+        driver: Any = connection.connection.driver_connection
+        for path, index in [*((path, "") for path in asked), *filtered]:
+            with statements() as seen, parameters() as given:
+                visitor.get(path)
+            assert len(seen) == len(given)
+            plans = [driver.execute(f"EXPLAIN QUERY PLAN {one}", values).fetchall() for one, values in given]
+            steps = [row[3] for plan in plans for row in plan]
+            assert not [step for step in steps if re.match(r"SCAN (charges|rollups|team_days)", step)], (path, steps)
+            # All teams' sums are read by day and team alone.
+            assert not [one for one in seen if "FROM rollups" in one and "rollups.team_id = " not in one], path
+            if index:
+                (own,) = [step for step in steps if step.startswith("SEARCH charges")]
+                assert f"USING INDEX {index} " in own, (path, own)
+
+
+def test_a_key_of_another_team_has_no_requests_here(house: House) -> None:
+    other_id, other = house.gateway.add_team("green")
+    house.order(other)
+    house.gateway.charge_when_ended()
+    visitor = house.operator()
+    assert "1 of 1 settled" in visitor.shown(f"/teams/green/requests?key_id={other_id}")
+    for key_id in (other_id, "nobody's"):
+        for state in ("", "settled", "released", "review"):
+            shown = visitor.shown(f"/teams/red/requests?key_id={key_id}&state={state}")
+            assert "No request is like that." in shown
 
 
 def test_the_overview_says_what_the_books_say(house: House) -> None:
@@ -90,7 +153,12 @@ def test_the_overview_says_what_the_books_say(house: House) -> None:
     assert "red $10.0000 per month $0.4214 $9.5786" in live
     assert charge["id"] in visitor.get("/reviews").text
     assert house.order(green, n=2).status_code == 429
-    assert "green insufficient_quota 1" in visitor.shown("")
+    assert house.visitor().client.post("/v1/images/generations").status_code == 401
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while "without a valid key invalid_api_key 1" not in (live := visitor.shown("/figures")):
+        assert time.monotonic() < deadline, live
+        time.sleep(0.1)
+    assert f"green insufficient_quota 1 {now().date()}" in live
 
 
 def cells(html: str, table: str) -> list[list[str]]:

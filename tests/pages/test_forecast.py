@@ -38,6 +38,8 @@ def budget(limit: int, settled: int = 0, held: int = 0, *, period: Period = "mon
         # A first hour is not taken for 24 of its kind.
         ({TODAY: 300}, NOON - timedelta(hours=1), 300),
         ({TODAY: 300}, NOON + timedelta(seconds=1), 300),
+        # A thousand million dollars.
+        ({TODAY: 75 * 10**14}, LONG_AGO, 10**15),
     ],
 )
 def test_the_rate_is_the_average_of_a_week_and_today(spent: dict[date, int], begun_at: datetime, rate: int) -> None:
