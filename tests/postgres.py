@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 import pytest
@@ -25,6 +25,9 @@ _REQUIRE_POSTGRES = "TEST_REQUIRE_POSTGRES"
 
 # A slow disk takes a few seconds to lay out a cluster; a server that isn't up by then won't be.
 _START_SECONDS = 60
+
+# What a standby calls itself.
+_STANDBY = "standby"
 
 # fsync and synchronous_commit stay on, as they are by default: what the ledger promises about a crash is tested too.
 _SERVER_SETTINGS = {
@@ -61,14 +64,15 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
 
-    def __enter__(self) -> Server:
+    @property
+    def url(self) -> str:
+        """Of its ``postgres`` database, as a superuser, without a password."""
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    def __enter__(self) -> Self:
         self._as_user = self._step_down() if os.geteuid() == 0 else {}
-        # The cluster's first files needn't survive a power cut, so they aren't synced; commits later are.
-        layout = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-locale", "--no-sync"]
-        with self._place() as place:
-            subprocess.run([self.programs / "initdb", "-D", self.data, *layout], check=True, **place)
+        self._lay_out()
         self.start()
         return self
 
@@ -102,6 +106,24 @@ class Server:
             for pid in reversed(processes):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End all of its processes at one stroke, as the loss of its machine would; it is not meant to come back."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        processes = [self.process.pid, *map(int, children.read_text().split())]
+        # The segment by which PostgreSQL knows of its own remains; the next start would have taken it away.
+        *_, segment = (self.data / "postmaster.pid").read_text().splitlines()[6].split()
+        for pid in processes:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        subprocess.run(["ipcrm", "-m", segment], check=True, capture_output=True)
+
+    def _lay_out(self) -> None:
+        # The cluster's first files needn't survive a power cut, so they aren't synced; commits later are.
+        layout = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-locale", "--no-sync"]
+        with self._place() as place:
+            subprocess.run([self.programs / "initdb", "-D", self.data, *layout], check=True, **place)
 
     def _stop(self, how: signal.Signals) -> None:
         self.process.send_signal(how)
@@ -146,6 +168,50 @@ class Server:
                     self.process.kill()
                     self.process.wait()
                     pytest.fail(f"PostgreSQL did not start:\n{self.log.read_text(errors='replace')}")
+            time.sleep(0.02)
+
+
+class Standby(Server):
+    """A copy of another server that follows it, and can take its place."""
+
+    def __init__(self, primary: Server, home: Path, port: int | None = None) -> None:
+        super().__init__(primary.programs, home)
+        self.port = port or self.port
+        self._primary = primary
+
+    def _lay_out(self) -> None:
+        follow = f"host=127.0.0.1 port={self._primary.port} user=postgres application_name={_STANDBY}"
+        options = ["--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast", "--no-sync"]
+        with self._place() as place:
+            subprocess.run([self.programs / "pg_basebackup", "-d", follow, "-D", self.data, *options], check=True, **place)
+
+    def keep_in_step(self) -> None:
+        """From when this returns, the primary commits nothing that is not on this server's disk as well."""
+        _set(self._primary, "synchronous_standby_names", _STANDBY)
+        _until(self._primary, "SELECT count(*) = 1 FROM pg_stat_replication WHERE sync_state = 'sync'")
+
+    def fall_behind(self) -> None:
+        """Cut the line to the primary: from when this returns, nothing that it commits arrives here."""
+        _set(self, "primary_conninfo", "")
+        _until(self, "SELECT count(*) = 0 FROM pg_stat_wal_receiver")
+
+    def promote(self) -> None:
+        """Take the primary's place; returns once this server takes writes."""
+        with psycopg.connect(self.url) as connection:
+            assert connection.execute("SELECT pg_promote()").fetchone() == (True,)
+
+
+def _set(server: Server, name: str, value: str) -> None:
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+        connection.execute("SELECT pg_reload_conf()")
+
+
+def _until(server: Server, condition: str) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        while connection.execute(condition).fetchone() != (True,):
+            assert time.monotonic() < deadline, f"not within {_START_SECONDS} s: {condition}"
             time.sleep(0.02)
 
 

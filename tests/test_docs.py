@@ -1,20 +1,11 @@
-"""The documents say what the code does: every setting, command, metric and refusal, no other, links that lead somewhere, and
-examples that run."""
+"""The documents say what the code does: every setting, command, path, metric, refusal and log event, no other, and links that
+lead somewhere. That their examples run is seen in test_blocks.py."""
 
 from __future__ import annotations
 
 import ast
-import json
-import os
 import re
-import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,112 +15,33 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
-from sqlalchemy import text
 
 import proxy
 import proxy.app
-from proxy import demo
+from proxy import pages
 from proxy.admin import PREFIX
 from proxy.admin.operations import OPERATIONS
-from proxy.cli import app, main
+from proxy.cli import app
 from proxy.errors import Refusal
-from proxy.ledger import accounts
-from proxy.ledger.engine import Database
-from proxy.ledger.migrate import migrate
 from proxy.ledger.reports import BudgetStatus, Figures
+from proxy.ledger.schema import metadata
 from proxy.metrics import Metrics
-from proxy.prices import parse_card
+from proxy.pages.routes import PAGES
 from proxy.settings import SECRETS, Settings
-from proxy.simulator import SimulatorOptions, running_simulator
-from tests.live import LiveGateway, Loop
-from tests.test_demo import visit
-
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-
-# What a reader may copy and run, and what is only there to be looked at.
-CODE = {"sh", "python", "js", "json", "toml", "sql"}
-PICTURES = {"text", "mermaid"}
-
-# What stands in the examples for the reader's own.
-BASE_URL = "http://127.0.0.1:8080/v1"
-KEY = "sk-bm-..."
-
-
-# Reading Markdown
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block. ``not_run`` is the reason that stands above it, if one does."""
-
-    path: Path
-    line: int
-    language: str
-    code: str
-    not_run: str | None
-
-    def __str__(self) -> str:
-        return f"{self.path.relative_to(ROOT)}:{self.line}"
-
-
-def blocks_of(path: Path) -> Iterator[Block]:
-    found = re.finditer(
-        r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\S*)\n(?P<code>.*?)^```$",
-        path.read_text("utf-8"),
-        re.MULTILINE | re.DOTALL,
-    )
-    for block in found:
-        line = block.string.count("\n", 0, block.start("language")) + 1
-        yield Block(path, line, block["language"], block["code"], block["reason"])
-
-
-BLOCKS = [block for path in DOCUMENTS for block in blocks_of(path)]
-
-
-def to_run(language: str) -> list[Block]:
-    return [block for block in BLOCKS if block.language == language and block.not_run is None]
-
-
-@cache
-def prose(path: Path) -> str:
-    """A document without its fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
-
-
-def section(path: Path, title: str) -> str:
-    """What stands under a heading, up to the next one."""
-    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    assert found is not None, f"{path.name} has no section {title!r}"
-    return found[1]
-
-
-def table(path: Path, title: str) -> list[list[str]]:
-    """The cells of the one table of a section, without its head."""
-    lines = [line for line in section(path, title).splitlines() if line.startswith("|")]
-    # A bar inside of code is written with a backslash before it.
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    assert len(rows) > 2, f"{title!r} has no table"
-    assert len({len(row) for row in rows}) == 1, f"a row of {title!r} has more or fewer cells than its head"
-    return rows[2:]
-
-
-def spans(cell: str) -> list[str]:
-    """What stands in code spans."""
-    return re.findall(r"`([^`]+)`", cell)
-
-
-def span(cell: str) -> str:
-    (found,) = spans(cell)
-    return found
-
-
-def anchors(path: Path) -> set[str]:
-    """The names that headings can be linked by."""
-    titles = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
+from tests import rooms
+from tests.markdown import (
+    DOCUMENTS,
+    REFERENCE,
+    ROOT,
+    anchors,
+    blocks_of,
+    name_of,
+    prose,
+    section,
+    span,
+    spans,
+    table,
+)
 
 # What is documented
 
@@ -139,18 +51,20 @@ def default_shown(field: str) -> str | None:
     value = Settings.model_fields[field].get_default(call_default_factory=True)
     if value is None or value == {}:
         return None
+    if isinstance(value, bool):
+        return str(value).lower()
     return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
 
 def test_every_setting_is_documented_with_its_default() -> None:
-    documented = {span(name): next(iter(spans(default)), None) for name, default, _ in table(README, "Settings")}
+    documented = {span(name): next(iter(spans(default)), None) for name, default, _ in table(REFERENCE, "Settings")}
     assert documented == {f"BEANMETER_{field.upper()}": default_shown(field) for field in Settings.model_fields}
-    assert set(re.findall(r"BEANMETER_[A-Z_]+_FILE", section(README, "Settings"))) == {
+    assert set(re.findall(r"BEANMETER_[A-Z_]+_FILE", section(REFERENCE, "Settings"))) == {
         f"BEANMETER_{field.upper()}_FILE" for field in SECRETS
     }
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_no_document_names_a_setting_that_does_not_exist(path: Path) -> None:
     fields = {*Settings.model_fields, *(f"{field}_file" for field in SECRETS), "config"}
     assert set(re.findall(r"BEANMETER_[A-Z_]+", path.read_text("utf-8"))) <= {f"BEANMETER_{field.upper()}" for field in fields}
@@ -172,13 +86,39 @@ def commands() -> Iterator[tuple[str, set[str]]]:
 
 
 def test_every_command_is_documented_with_its_options() -> None:
-    (listed,) = [block for block in blocks_of(README) if block.code.startswith("beanmeter serve")]
+    (listed,) = [block for block in blocks_of(REFERENCE) if block.code.startswith("beanmeter serve")]
     documented = {}
     for line in listed.code.splitlines():
         words = re.match(r"beanmeter( [a-z]+)+", line)
         assert words is not None, line
         documented[words[0]] = set(re.findall(r"(?<![\w-])--?[a-z]+(?:-[a-z]+)*", line))
     assert documented == dict(commands())
+
+
+def commands_named(path: Path) -> Iterator[str]:
+    """What stands in code spans, and in lines of shell, from the name of our command on."""
+    yield from (one for one in spans(prose(path)) if one.startswith("beanmeter "))
+    for block in blocks_of(path):
+        if block.language == "sh":
+            # After -u it is the user of that name.
+            yield from re.findall(r"(?:^|(?<!-u)\s|/)(beanmeter [a-z][^\n|]*)", re.sub(r"#.*", "", block.code))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_no_document_names_a_command_or_option_that_does_not_exist(path: Path) -> None:
+    known = dict(commands())
+    for named in commands_named(path):
+        found = [command for command in known if re.match(rf"{command}(?= |$)", named)]
+        assert found, f"{path.name} names {named!r}: there is no such command"
+        assert set(re.findall(r"(?<= )--?[a-z][a-z-]*", named)) <= known[found[0]] | {"--help"}, named
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_no_document_names_a_make_target_that_does_not_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    shell = "\n".join(block.code for block in blocks_of(path) if block.language == "sh")
+    named = re.findall(r"^make ([a-z]+)", "\n".join([*spans(prose(path)), shell]), re.MULTILINE)
+    assert set(named) <= targets
 
 
 def metrics_page(labels: dict[str, list[str]]) -> dict[str, set[str]]:
@@ -191,8 +131,11 @@ def metrics_page(labels: dict[str, list[str]]) -> dict[str, set[str]]:
             if used:
                 # Raises where the instrument has other labels than those.
                 instrument.labels(**dict.fromkeys(used, "x"))
-    budget = BudgetStatus("x", None, "team", "month", False, 1, 0, 0, None)
-    page, _ = metrics.page("text/plain", "x", Figures([budget], {"review": 1}))
+    budgets = [
+        BudgetStatus("x", None, "team", "month", False, 1, 0, 0, None),
+        BudgetStatus("x", "k", "key", "day", False, 1, 0, 0, None),
+    ]
+    page, _ = metrics.page("text/plain", "x", Figures(budgets, {"review": 1}, 0.0))
     return {
         family.name: {name for sample in family.samples for name in sample.labels} - {"le"}
         for family in text_string_to_metric_families(page.decode("utf-8"))
@@ -200,14 +143,14 @@ def metrics_page(labels: dict[str, list[str]]) -> dict[str, set[str]]:
 
 
 def test_every_metric_is_documented_with_its_labels() -> None:
-    rows = {span(name): spans(labels) for name, labels, _ in table(README, "Metrics")}
+    rows = {span(name): spans(labels) for name, labels, _ in table(REFERENCE, "Metrics")}
     documented = {name.removesuffix("_total"): labels for name, labels in rows.items()}
     assert {name: set(labels) for name, labels in documented.items()} == metrics_page(documented)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_no_document_names_a_metric_that_does_not_exist(path: Path) -> None:
-    known = {span(name) for name, _, _ in table(README, "Metrics")}
+    known = {span(name) for name, _, _ in table(REFERENCE, "Metrics")}
     assert set(re.findall(r"\bbeanmeter_[a-z_]+", path.read_text("utf-8"))) <= known
 
 
@@ -219,15 +162,60 @@ def refusals(parent: type[Refusal] = Refusal) -> Iterator[type[Refusal]]:
 
 
 def test_every_refusal_is_documented_with_its_status_and_type() -> None:
-    rows = table(README, "Refusals")
+    rows = table(REFERENCE, "Refusals")
     documented = {(span(code), int(status), span(kind)) for code, status, kind, _ in rows}
     assert documented == {(refusal.code, refusal.status, refusal.type) for refusal in refusals()}
     assert len(rows) == len(documented)
 
 
+def test_callers_are_told_what_to_do_about_every_refusal() -> None:
+    told = [code for codes, _ in table(ROOT / "docs" / "using.md", "Errors") for code in spans(codes)]
+    assert sorted(told) == sorted(refusal.code for refusal in refusals())
+
+
+def test_every_header_that_is_ours_is_documented() -> None:
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "proxy").glob("*.py"))
+    ours = set(re.findall(r'b"(x-(?:beanmeter|should)-[a-z-]+[a-z])"', sources))
+    documented = {span(header) for header, _, _ in table(REFERENCE, "Headers")}
+    assert ours == {header for header in documented if header.startswith("x-")}
+
+
 def test_every_operation_of_the_admin_api_is_documented() -> None:
     documented = [span(name) for name, _ in table(ROOT / "docs" / "admin-api.md", "What there is")]
     assert sorted(documented) == sorted(f"{operation.method} {PREFIX}{operation.path}" for operation in OPERATIONS)
+
+
+def test_every_path_is_documented() -> None:
+    source = (ROOT / "proxy" / "endpoints.py").read_text("utf-8")
+    served = {f"GET {path}" for path in re.findall(r'Route\("(/[^"]+)"', source)}
+    served |= {"POST /v1/images/generations", "POST /v1/images/edits", f"... {PREFIX}/...", f"... {pages.PREFIX}/..."}
+    served |= {f"GET {PREFIX}/docs", f"GET {PREFIX}/openapi.json"}
+    assert sorted(span(path) for path, _, _ in table(REFERENCE, "Paths")) == sorted(served)
+
+
+def test_every_page_is_documented_with_who_may_see_it() -> None:
+    documented = {span(page): access for page, access, _ in table(REFERENCE, "Pages")}
+    assert documented == {f"{page.method} {pages.PREFIX}{page.path}": page.access for page in PAGES}
+
+
+def events_logged() -> Iterator[tuple[str, str]]:
+    """The name and level of every event that the program can log, from its own calls."""
+    for path in (ROOT / "proxy").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and isinstance(node.func.value, ast.Name)
+                and node.func.value.id == "log"
+                and isinstance(node.args[0], ast.Constant)
+                and isinstance(node.args[0].value, str)
+            ):
+                yield node.args[0].value, "error" if node.func.attr == "exception" else node.func.attr
+
+
+def test_every_log_event_is_documented_with_its_level() -> None:
+    documented = {(span(event), level) for event, levels, _ in table(REFERENCE, "Log events") for level in levels.split(", ")}
+    assert documented == set(events_logged())
 
 
 def test_the_floors_are_those_of_the_code() -> None:
@@ -239,12 +227,22 @@ def test_the_floors_are_those_of_the_code() -> None:
     assert rows == expected
 
 
+def test_the_picture_of_the_house_is_drawn_from_its_floors() -> None:
+    assert rooms.PICTURE.read_text("utf-8") == rooms.drawn(), "draw it anew: python -m tests.rooms"
+
+
+def test_every_table_of_the_database_is_documented() -> None:
+    documented = [name for names, _ in table(ROOT / "docs" / "architecture.md", "The database") for name in spans(names)]
+    assert sorted(documented) == sorted(metadata.tables)
+
+
 # What is pointed at
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_every_link_leads_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+    pictures = re.findall(r'\bsrc(?:set)?="([^"]+)"', prose(path))
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", prose(path)), *pictures]:
         if target.startswith("https://"):
             continue
         name, _, anchor = target.partition("#")
@@ -254,21 +252,41 @@ def test_every_link_leads_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(there), f"{path.name} points to {target}, and there is no such heading"
 
 
+def test_every_document_can_be_found() -> None:
+    for index in (ROOT / "README.md", ROOT / "docs" / "decisions" / "README.md"):
+        room = ROOT / "docs" if index.parent == ROOT else index.parent
+        linked = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)", prose(index))}
+        assert {path for path in room.glob("*.md") if path != index} <= linked, f"{name_of(index)} lists the documents: add it"
+
+
 def names_of_tests(path: Path) -> set[str]:
     tree = ast.parse(path.read_text("utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_every_file_and_test_that_is_named_exists(path: Path) -> None:
-    for name, test in re.findall(r"\b((?:tests|proxy|bench|docs)/[\w/.-]+\.\w+)(?:::(\w+))?", path.read_text("utf-8")):
+    words = re.sub(r"https://\S+", "", path.read_text("utf-8"))
+    for name, test in re.findall(r"\b((?:tests|proxy|bench|docs)/[\w/.-]+\.\w+)(?:::(\w+))?", words):
         assert (ROOT / name).exists(), f"{path.name} names {name}, which is not there"
         assert not test or test in names_of_tests(ROOT / name), f"{name} has no test {test}"
 
 
+def faults() -> list[list[str]]:
+    path = ROOT / "docs" / "faults.md"
+    kinds = re.findall(r"^## (.+)$", path.read_text("utf-8"), re.MULTILINE)
+    return [list(row) for kind in kinds for row in table(path, kind)]
+
+
 def test_every_fault_is_shown_by_a_test() -> None:
-    for fault, _, shown in table(README, "Faults"):
+    for fault, _, shown in faults():
         assert re.fullmatch(r"(`tests/[\w/]+\.py::test_\w+`(<br>|$))+", shown), f"{fault}: name the test that shows it"
+
+
+def test_the_main_faults_are_told_in_the_readme_as_in_their_own_document() -> None:
+    told = [list(row) for row in table(ROOT / "README.md", "When something breaks")]
+    assert told
+    assert [row for row in told if row not in faults()] == []
 
 
 def test_every_constant_that_is_named_is_in_its_file() -> None:
@@ -283,142 +301,12 @@ def test_every_constant_that_is_named_is_in_its_file() -> None:
 
 def test_every_document_that_the_code_names_exists() -> None:
     sources = [*(ROOT / "proxy").rglob("*.py"), *(ROOT / "migrations").rglob("*.py"), ROOT / "pyproject.toml"]
-    named = {name for path in sources for name in re.findall(r"\bdocs/\w+\.md", path.read_text("utf-8"))}
+    named = {name for path in sources for name in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text("utf-8"))}
     assert named
     assert {name for name in named if not (ROOT / name).exists()} == set()
 
 
-# What can be run
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_every_example_is_run_or_says_why_not(block: Block) -> None:
-    assert block.language in CODE | PICTURES, "say which language it is in"
-    if block.language == "js":
-        assert block.not_run, "nothing here runs JavaScript: say which test makes these calls"
-
-
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
-    """A gateway with a key, in front of the simulator."""
-    directory = tmp_path_factory.mktemp("gateway")
-    loop = Loop()
-    running = running_simulator(SimulatorOptions())
-    simulator = loop.run(running.__aenter__())
-    try:
-        with LiveGateway(loop, f"sqlite:///{directory / 'beanmeter.db'}", simulator.base_url, directory) as gateway:
-            yield gateway
-    finally:
-        loop.run(running.__aexit__(None, None, None))
-        loop.close()
-
-
-def run_against(gateway: LiveGateway, command: list[str], cwd: Path) -> str:
-    """Run a program with the examples' address and key replaced; what it prints."""
-    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    command = [part.replace(BASE_URL, gateway.base_url).replace(KEY, gateway.key) for part in command]
-    ran = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
-
-
-@pytest.mark.parametrize("block", to_run("python"), ids=str)
-def test_python(block: Block, gateway: LiveGateway, tmp_path: Path) -> None:
-    assert BASE_URL in block.code
-    assert KEY in block.code
-    before = len(gateway.charges())
-    printed = run_against(gateway, [sys.executable, "-c", block.code], tmp_path)
-    assert printed.split() == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
-    assert (tmp_path / "bean.png").read_bytes().startswith(b"\x89PNG")
-    assert [charge["state"] for charge in gateway.charges()[before:]] == ["settled"] * 3
-
-
-def calls_curl(block: Block) -> bool:
-    return block.code.startswith("curl ")
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="the example needs curl")
-@pytest.mark.parametrize("block", [block for block in to_run("sh") if calls_curl(block)], ids=str)
-def test_curl(block: Block, gateway: LiveGateway, tmp_path: Path) -> None:
-    before = len(gateway.charges())
-    assert "event: image_generation.completed" in run_against(gateway, ["/bin/sh", "-c", block.code], tmp_path)
-    assert [charge["state"] for charge in gateway.charges()[before:]] == ["settled"]
-
-
-@pytest.mark.parametrize("block", [block for block in to_run("sh") if not calls_curl(block)], ids=str)
-def test_commands(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    for line in block.code.splitlines():
-        program, *arguments = shlex.split(line, comments=True)
-        assert program == "beanmeter", f"{line}: only our own commands can be tried here"
-        if "KEY_ID" in line:
-            key_id = first_key(tmp_path)
-            arguments = [argument.replace("KEY_ID", key_id) for argument in arguments]
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert ended.value.code in (None, 0), f"{line}: {capsys.readouterr().err}"
-
-
-def first_key(directory: Path) -> str:
-    database = Database(f"sqlite:///{directory / 'beanmeter.db'}")
-    try:
-        with database.reading() as connection:
-            key_id: str = accounts.list_keys(connection)[0]["id"]
-    finally:
-        database.close()
-    return key_id
-
-
-@pytest.mark.parametrize("block", to_run("json"), ids=str)
-def test_json(block: Block) -> None:
-    assert json.loads(block.code)
-
-
-@pytest.mark.parametrize("block", to_run("toml"), ids=str)
-def test_a_price_card(block: Block) -> None:
-    assert parse_card(block.code).models
-
-
-@pytest.mark.parametrize("block", to_run("sql"), ids=str)
-def test_checks_of_the_books(block: Block, database_url: str) -> None:
-    queries = [query for query in block.code.split(";") if query.strip()]
-    damage = [
-        "UPDATE balances SET settled_micro_usd = settled_micro_usd + 1",
-        "UPDATE rollups SET settled_micro_usd = settled_micro_usd + 1",
-    ]
-    database = Database(database_url)
-    try:
-        migrate(database)
-        demo.fill(database, datetime(2026, 11, 22, 12, tzinfo=UTC))
-        with database.reading() as connection:
-            assert [connection.execute(text(query)).all() for query in queries] == [[]] * len(queries)
-        for statement, query in zip(damage, queries, strict=False):
-            with database.writing() as connection:
-                connection.execute(text(statement))
-                assert connection.execute(text(query)).all()
-                connection.rollback()
-    finally:
-        database.close()
-
-
-# What is shown
-
-
-def as_any_visit_shows_it(line: str) -> str:
-    """A line of the demo's greeting without what differs from one visit to the next."""
-    line = re.sub(r"sk-bm-[a-z2-7]+(\.\.\.)?", "KEY", line)
-    line = re.sub(r"\d+\.\d{6}", "USD", line)
-    line = re.sub(r"127\.0\.0\.1:\d+", "ADDRESS", line)
-    line = re.sub(r"sign in with \S+,", "sign in with TOKEN,", line)
-    line = re.sub(r"^  \S*beanmeter ", "  beanmeter ", line)
-    return re.sub(r"python3 -c '.*'", "python3 -c", line)
-
-
-def test_the_demo_greets_as_it_is_shown(tmp_path: Path) -> None:
-    (shown,) = [block for block in blocks_of(README) if block.code.startswith("Beanmeter, before")]
-    with visit(tmp_path) as lines:
-        greeting = [as_any_visit_shows_it(line) for line in lines]
-    assert [as_any_visit_shows_it(line) for line in shown.code.splitlines()] == greeting[1:]
+# How it reads
 
 
 def test_headings_go_down_one_step_at_a_time() -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import update
 
 from proxy import __version__, periods
+from proxy.ledger import accounts, reviews
+from proxy.ledger.schema import charges
 from proxy.periods import PERIODS, Period
 from tests.bare import EDITS, GENERATIONS, Reply, ask, order, post, request
 from tests.live import (
@@ -32,6 +35,7 @@ from tests.live import (
     completed,
     json_answer,
     live_gateway,
+    now,
     wait_for,
     whole,
 )
@@ -192,12 +196,16 @@ METRICS = {
     "beanmeter_budget_limit_usd": ("gauge", {"team", "period"}),
     "beanmeter_budget_settled_usd": ("gauge", {"team", "period"}),
     "beanmeter_budget_held_usd": ("gauge", {"team", "period"}),
+    "beanmeter_key_budget_used_ratio": ("gauge", {"team", "period"}),
     "beanmeter_charges_open": ("gauge", {"state"}),
+    "beanmeter_oldest_review_hours": ("gauge", set()),
     "beanmeter_request_duration_seconds": ("histogram", {"operation", "outcome"}),
     "beanmeter_first_byte_seconds": ("histogram", {"operation"}),
     "beanmeter_overhead_seconds": ("histogram", {"stage"}),
     "beanmeter_inflight_requests": ("gauge", {"operation"}),
     "beanmeter_upstream_responses_total": ("counter", {"operation", "status_class"}),
+    "beanmeter_upstream_rate_limited_total": ("counter", {"operation"}),
+    "beanmeter_internal_errors_total": ("counter", {"where"}),
     "beanmeter_response_bytes_total": ("counter", {"operation"}),
     "beanmeter_ledger_commit_seconds": ("histogram", {"step"}),
     "beanmeter_ledger_failures_total": ("counter", {"step"}),
@@ -322,6 +330,8 @@ def test_the_values_after_traffic(live: tuple[LiveGateway, ScriptedUpstream]) ->
         ("edit", "2xx"): 1,
     }
     assert of(found, "beanmeter_response_bytes_total")[("edit",)] == len(completed("edit", size="1024x1024", quality="high"))
+    assert of(found, "beanmeter_upstream_rate_limited_total") == {("generation",): 0, ("edit",): 0}
+    assert set(of(found, "beanmeter_internal_errors_total").values()) == {0}
     assert of(found, "beanmeter_inflight_requests") == {("generation",): 0, ("edit",): 0}
     assert of(found, "beanmeter_overrun_total") == {(): 1}
     assert of(found, "beanmeter_upstream_cost_mismatch_total") == {(): 1}
@@ -332,6 +342,86 @@ def test_the_values_after_traffic(live: tuple[LiveGateway, ScriptedUpstream]) ->
     commits = of(found, "beanmeter_ledger_commit_seconds_count")
     assert commits[("reserve",)] == 5
     assert commits[("book",)] == 4
+
+
+def test_the_upstreams_own_rate_limit_is_told_from_its_other_refusals(live: tuple[LiveGateway, ScriptedUpstream]) -> None:
+    gateway, upstream = live
+    for status in (429, 400, 429):
+        upstream.answer(whole(status, JSON, b'{"error": {"message": "no"}}'))
+        assert ask(gateway, post(gateway.key, order())).status == status
+    found = samples(scrape(gateway))
+    assert of(found, "beanmeter_upstream_rate_limited_total") == {("generation",): 2, ("edit",): 0}
+    assert of(found, "beanmeter_upstream_responses_total") == {("generation", "4xx"): 3}
+
+
+def test_a_review_grows_old_until_it_is_decided(live: tuple[LiveGateway, ScriptedUpstream]) -> None:
+    gateway, upstream = live
+    assert of(samples(scrape(gateway)), "beanmeter_oldest_review_hours") == {(): 0}
+    upstream.script = cut_off
+    for hours in (30, 20):
+        (request_id,) = ask(gateway, post(gateway.key, order())).values("x-beanmeter-request-id")
+        charge = gateway.charge_when_ended(request_id)
+        assert charge["state"] == "review"
+        with gateway.database.writing() as connection:
+            aged = update(charges).where(charges.c.id == charge["id"]).values(finished_at=now() - timedelta(hours=hours))
+            connection.execute(aged)
+    (age,) = of(samples(scrape(gateway)), "beanmeter_oldest_review_hours").values()
+    assert age == pytest.approx(30, abs=0.1)
+    oldest = gateway.charges()[0]["id"]
+    with gateway.database.writing() as connection:
+        reviews.release(connection, oldest, reason="not on the bill", now=now(), actor="test")
+    (age,) = of(samples(scrape(gateway)), "beanmeter_oldest_review_hours").values()
+    assert age == pytest.approx(20, abs=0.1)
+
+
+def test_of_the_keys_budgets_the_fullest_shows(live: tuple[LiveGateway, ScriptedUpstream]) -> None:
+    gateway, _ = live
+    with gateway.database.writing() as connection:
+        other = accounts.add_key(connection, "red", now=now(), actor="test")
+    gateway.set_budget(4 * PRICE_MICRO_USD, "day", key_id=gateway.key_id)
+    gateway.set_budget(8 * PRICE_MICRO_USD, "day", key_id=other.id)
+    assert of(samples(scrape(gateway)), "beanmeter_key_budget_used_ratio") == {("day", "red"): 0}
+    for _ in range(2):
+        assert ask(gateway, post(other.key, order())).status == 200
+    assert ask(gateway, post(gateway.key, order())).status == 200
+    found = scrape(gateway)
+    assert of(samples(found), "beanmeter_key_budget_used_ratio") == {("day", "red"): 0.25}
+    assert of(samples(found), "beanmeter_budget_limit_usd") == {}
+    assert not any(gateway.key_id in str(sample.labels) for family in found for sample in family.samples)
+
+
+@pytest.mark.parametrize(
+    ("where", "broken", "status", "states"),
+    [
+        ("request", "proxy.gateway.open_order", 500, []),
+        ("exchange", "proxy.exchange.open_tap", 502, ["review"]),
+        ("answer", "proxy.exchange.answered", 200, ["review"]),
+        ("endpoint", "proxy.endpoints.list_budgets", 500, []),
+    ],
+)
+def test_a_defect_is_counted(
+    live: tuple[LiveGateway, ScriptedUpstream],
+    where: str,
+    broken: str,
+    status: int,
+    states: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing else than a defect leads there, so the test puts one in. What may have been made is never released for it."""
+    gateway, _ = live
+
+    def defect(*_: Any, **__: Any) -> Any:
+        raise KeyError("nobody thought of this")
+
+    monkeypatch.setattr(broken, defect)
+    if where == "endpoint":
+        assert get(gateway, "/v1/budget", key=gateway.key).status == status
+    else:
+        assert ask(gateway, post(gateway.key, order())).status == status
+    wait_for(lambda: [charge["state"] for charge in gateway.charges()] == states or None)
+    counted = of(samples(scrape(gateway)), "beanmeter_internal_errors_total")
+    assert {name for (name,), count in counted.items() if count == 1} == {where}
+    assert sum(counted.values()) == 1
 
 
 def test_an_exchange_is_counted_while_it_goes_on(live: tuple[LiveGateway, ScriptedUpstream]) -> None:

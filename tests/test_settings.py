@@ -45,6 +45,16 @@ def test_defaults(tmp_path: Path) -> None:
         "review_hours": 72,
         "revocation_seconds": 5,
         "drain_seconds": 600,
+        "oidc_issuer": None,
+        "oidc_client_id": None,
+        "oidc_client_secret": None,
+        "oidc_scopes": "openid email",
+        "oidc_role_claim": "groups",
+        "oidc_admin_values": None,
+        "oidc_viewer_values": None,
+        "oidc_team_claim": None,
+        "oidc_session_hours": 12,
+        "traces": False,
     }
 
 
@@ -368,3 +378,84 @@ def test_cautions(tmp_path: Path, environ: dict[str, str], named: list[str]) -> 
 
 def test_every_setting_says_what_it_expects() -> None:
     assert all(field.description for field in Settings.model_fields.values())
+
+
+# An identity provider
+
+
+def oidc(**values: str) -> dict[str, str]:
+    """A provider's settings that are right, and those that a test wants otherwise; an empty text takes one out."""
+    ours = {"ISSUER": "https://login.example.com/", "CLIENT_ID": "beanmeter", "ADMIN_VALUES": "admins, owners", **values}
+    return env(**{f"OIDC_{name}": value for name, value in ours.items() if value})
+
+
+def test_a_provider_is_off_unless_it_is_named(tmp_path: Path) -> None:
+    assert load(env(), tmp_path).openid is None
+
+
+def test_what_a_provider_is_asked_and_what_its_claims_mean(tmp_path: Path) -> None:
+    found = load(oidc(CLIENT_SECRET="a-secret", TEAM_CLAIM="teams", SESSION_HOURS="0.5"), tmp_path).openid
+    assert found is not None
+    assert (found.issuer, found.client_id) == ("https://login.example.com/", "beanmeter")
+    assert (found.scopes, found.role_claim, found.team_claim) == ("openid email", "groups", "teams")
+    assert (found.admin_values, found.viewer_values) == (frozenset({"admins", "owners"}), frozenset())
+    assert found.session_hours == 0.5
+    assert "a-secret" not in repr(found)
+
+
+def test_values_may_be_a_list_in_a_file(tmp_path: Path) -> None:
+    groups = ["CN=admins,OU=staff,DC=example", "owners"]
+    lines = ['oidc_issuer = "http://127.0.0.1:9000"', 'oidc_client_id = "x"', f"oidc_admin_values = {groups}"]
+    write(tmp_path / "beanmeter.toml", "\n".join(lines))
+    found = load({}, tmp_path).openid
+    assert found is not None
+    assert found.admin_values == set(groups)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        (
+            oidc(ISSUER="http://login.example.com"),
+            "BEANMETER_OIDC_ISSUER = 'http://login.example.com': expected the",
+        ),
+        (oidc(ISSUER="https://u:pw@login.example.com"), "BEANMETER_OIDC_ISSUER = 'https://***@login.example.com': expected"),
+        (oidc(ISSUER="https://login.example.com/?a=b"), "BEANMETER_OIDC_ISSUER = "),
+        (oidc(ISSUER="login.example.com"), "BEANMETER_OIDC_ISSUER = 'login.example.com': expected"),
+        (
+            oidc(ISSUER=""),
+            "BEANMETER_OIDC_CLIENT_ID = 'beanmeter': BEANMETER_OIDC_ISSUER has to be set too: it is",
+        ),
+        (oidc(CLIENT_ID=""), "BEANMETER_OIDC_ISSUER = 'https://login.example.com/': BEANMETER_OIDC_CLIENT_ID has to be set"),
+        (oidc(CLIENT_ID="a b"), "BEANMETER_OIDC_CLIENT_ID = 'a b': expected the client's id"),
+        (oidc(CLIENT_SECRET="a b"), "BEANMETER_OIDC_CLIENT_SECRET (value not shown): expected the client's secret"),
+        (env(OIDC_CLIENT_SECRET="s"), "BEANMETER_OIDC_CLIENT_SECRET (value not shown): BEANMETER_OIDC_ISSUER has to be set"),
+        (oidc(ADMIN_VALUES=""), "BEANMETER_OIDC_ISSUER = 'https://login.example.com/': nobody could sign in with it: say who"),
+        (oidc(ADMIN_VALUES="admins,"), "BEANMETER_OIDC_ADMIN_VALUES = 'admins,': expected values with commas"),
+        (
+            oidc(VIEWER_VALUES="owners"),
+            "BEANMETER_OIDC_VIEWER_VALUES = 'owners': 'owners' is among BEANMETER_OIDC_ADMIN_VAL",
+        ),
+        (oidc(SCOPES="email"), "BEANMETER_OIDC_SCOPES = 'email': expected scopes with one space between them, openid among"),
+        (oidc(SCOPES="openid  email"), "BEANMETER_OIDC_SCOPES = 'openid  email': expected"),
+        (oidc(SESSION_HOURS="0"), "BEANMETER_OIDC_SESSION_HOURS = '0': expected a number of hours above 0 and at most 24"),
+        (oidc(SESSION_HOURS="25"), "BEANMETER_OIDC_SESSION_HOURS = '25': expected"),
+        (oidc(ROLE_CLAIM="a\nb"), "BEANMETER_OIDC_ROLE_CLAIM = "),
+        (oidc(TEAM_CLAIM="x" * 257), "BEANMETER_OIDC_TEAM_CLAIM = "),
+    ],
+)
+def test_a_provider_that_could_not_be_used(tmp_path: Path, environ: dict[str, str], expected: str) -> None:
+    assert complaint(tmp_path, environ).startswith(expected)
+
+
+def test_a_provider_without_its_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As it is where the package was never installed.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "-r requirements-full.txt" in complaint(tmp_path, oidc())
+    assert load(env(), tmp_path).openid is None
+
+
+def test_a_provider_does_nothing_without_an_admin_token(tmp_path: Path) -> None:
+    found = cautions(load(oidc(), tmp_path))
+    assert [caution.split()[0] for caution in found] == ["BEANMETER_ADMIN_TOKEN", "BEANMETER_OIDC_ISSUER"]
+    assert cautions(load({**oidc(), **env(ADMIN_TOKEN="t")}, tmp_path)) == ()

@@ -26,6 +26,11 @@ ON_SQLITE = ["upstream.existingSecret=organisation", "database.kind=sqlite", "re
 EVERYTHING = [
     *LEAST,
     "adminToken.existingSecret=operators",
+    "oidcClientSecret.existingSecret=identities",
+    "settings.oidc_issuer=https://login.example.com/",
+    "settings.oidc_client_id=beanmeter",
+    r"settings.oidc_admin_values=platform-admins\,owners",
+    "settings.oidc_session_hours=8",
     "autoscaling.enabled=true",
     "serviceMonitor.enabled=true",
     "settings.workers=2",
@@ -152,6 +157,7 @@ def test_every_setting_is_the_program_s_own() -> None:
     read = Settings.model_validate({name: value for name, value in values.items() if not name.endswith("_file")})
     assert (read.workers, read.max_body_bytes, read.review_hours) == (2, 128 << 20, 0.5)
     assert read.size_aliases == {"1536x1024": "2016x1344"}
+    assert (read.oidc_admin_values, read.oidc_session_hours) == (("platform-admins", "owners"), 8)
 
 
 def test_the_chart_takes_every_setting_that_is_not_its_own() -> None:
@@ -165,7 +171,7 @@ def test_the_chart_takes_every_setting_that_is_not_its_own() -> None:
 def test_secrets_are_files() -> None:
     manifests = render(*EVERYTHING)
     for name, wanted in (
-        ("StatefulSet/books-beanmeter", {"upstream_key", "admin_token", "database_url"}),
+        ("StatefulSet/books-beanmeter", {"upstream_key", "admin_token", "database_url", "oidc_client_secret"}),
         ("Job/books-beanmeter-migrate", {"database_url"}),
     ):
         spec = pod(manifests[name])

@@ -116,6 +116,20 @@ def test_every_setting_is_the_program_s_own(name: str) -> None:
     assert not names & {f"{PREFIX}{field.upper()}" for field in SECRETS}
 
 
+def test_an_identity_provider_is_added_with_every_setting_it_has() -> None:
+    added = yaml.safe_load((PRESETS / "oidc.yml").read_text("utf-8"))
+    ours = {f"{PREFIX}{field.upper()}" for field in Settings.model_fields if field.startswith("oidc_")}
+    (gateway,) = added["services"].values()
+    secret = f"{PREFIX}OIDC_CLIENT_SECRET"
+    assert gateway["environment"].keys() == ours - {secret} | {f"{secret}_FILE"}
+    assert added["services"].keys() == {"gateway"}
+    assert gateway["environment"][f"{secret}_FILE"] == f"{SECRETS_DIR}/{gateway['secrets'][0]}"
+    assert added["secrets"] == {name: {"file": f"./secrets/{name}"} for name in gateway["secrets"]}
+    # Beside those of the file that it is added to, and in place of none.
+    assert not gateway["environment"].keys() & SERVICES["gateway"]["environment"].keys()
+    assert not added["secrets"].keys() & DEFAULT["secrets"].keys()
+
+
 @pytest.mark.parametrize("name", sorted(SERVICES))
 def test_every_secret_is_a_file_that_the_service_has(name: str) -> None:
     service = SERVICES[name]
