@@ -21,8 +21,9 @@ run: install
 
 install: $(VENV)/.installed
 
+# In the order of the files, not those with the most tests first: the longest tests are alone in theirs, and would come last.
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_FLAGS)
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 # Every fault at its full size, which takes an hour; `make test` has a little of each.
 chaos: $(VENV)/.installed-dev

@@ -44,10 +44,8 @@ def configure(stream: TextIO) -> None:
     do in the ordinary course our own events tell better, and without addresses.
     """
     _destination.stream = stream
-    rendering: list[Processor] = [format_exc_info, _render]
-    gathering: list[Processor] = [add_log_level, TimeStamper(fmt="iso", utc=True)]
     structlog.configure(
-        processors=[*gathering, *rendering],
+        processors=_PROCESSORS,
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.WriteLoggerFactory(file=_destination),  # type: ignore[arg-type]  # it writes, no more
         cache_logger_on_first_use=True,
@@ -55,8 +53,8 @@ def configure(stream: TextIO) -> None:
     handler = logging.StreamHandler(_destination)
     handler.setFormatter(
         ProcessorFormatter(
-            foreign_pre_chain=[*gathering, add_logger_name],
-            processors=[ProcessorFormatter.remove_processors_meta, *rendering],
+            foreign_pre_chain=[*_GATHERING, add_logger_name],
+            processors=[ProcessorFormatter.remove_processors_meta, *_RENDERING],
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
@@ -139,3 +137,9 @@ def _cleaned_text(text: str) -> str:
         half = _MAX_CHARACTERS // 2
         text = f"{text[:half]} ... {text[-half:]}"
     return _QUERY.sub("", _SECRET.sub(REDACTED, text))
+
+
+_GATHERING: list[Processor] = [add_log_level, TimeStamper(fmt="iso", utc=True)]
+_RENDERING: list[Processor] = [format_exc_info, _render]
+# One list for as long as the process lives: a logger keeps the one that it has met first.
+_PROCESSORS: list[Processor] = [*_GATHERING, *_RENDERING]

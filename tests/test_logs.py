@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,9 +28,9 @@ def stream() -> Iterator[io.StringIO]:
     stream = io.StringIO()
     logs.configure(stream)
     yield stream
+    logs.configure(sys.stderr)
     root.handlers[:] = handlers
     root.setLevel(level)
-    structlog.reset_defaults()
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:
