@@ -39,7 +39,7 @@ from proxy.settings import Settings, load, load_card
 from proxy.signals import Signals, Terms
 from proxy.supervisor import Supervisor
 from proxy.tokens import new_request_id
-from proxy.tracing import Tracing, open_tracing
+from proxy.tracing import Tracing, check_tracing, open_tracing
 from proxy.upstream import Upstream
 
 # The paths on the way of money, spelled so and not otherwise: another spelling of a path is another path.
@@ -267,6 +267,7 @@ def serve(
     """
     _limit_process()
     terms = Terms(settings, load_card(settings))
+    check_tracing(settings)
     _migrate(settings)
     listener = _listen(settings.host, settings.port)
     if settings.workers == 1:

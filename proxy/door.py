@@ -34,6 +34,7 @@ class Door:
 
     def __init__(self, token: str | None) -> None:
         self._digest = None if token is None else _digest(token)
+        self._seal: bytes | None = None
         # Address -> when it failed lately, in seconds of a monotonic clock; the address that failed last comes last.
         self._failures: dict[str, list[float]] = {}
 
@@ -63,7 +64,11 @@ class Door:
         """32 bytes that only a door with the same token makes of ``text``. Raises :class:`Closed`."""
         if self._digest is None:
             raise Closed
-        return hmac.digest(self._digest, text.encode("utf-8"), "sha256")
+        if self._seal is None:
+            # What is sealed goes out to people, and tells whoever has it whether a guess of the token is right: guessing has to
+            # cost something.
+            self._seal = hashlib.scrypt(self._digest, salt=b"beanmeter", n=2**14, r=8, p=1)
+        return hmac.digest(self._seal, text.encode("utf-8"), "sha256")
 
 
 def _digest(token: str) -> bytes:

@@ -68,6 +68,18 @@ class Gateway:
             self._observe("authenticate", started)
             repeat = _Repeat(operation, scope["headers"])
             reading = await self._read(operation, scope["headers"], receive, body, repeat)
+            request = Request(
+                request_id=request_id,
+                holder=holder,
+                reading=reading,
+                hold_micro_usd=self._desk.card.hold(reading.dearest),
+                query=scope["query_string"],
+                headers=span.headers(scope["headers"]),
+                body=body,
+                repeat=repeat.digests(),
+                span=span,
+                started=started,
+            )
         except Refusal as refusal:
             body.close()
             self._desk.metrics.refused(team, refusal.code)
@@ -79,18 +91,6 @@ class Gateway:
             body.close()
             span.close()
             raise
-        request = Request(
-            request_id=request_id,
-            holder=holder,
-            reading=reading,
-            hold_micro_usd=self._desk.card.hold(reading.dearest),
-            query=scope["query_string"],
-            headers=span.headers(scope["headers"]),
-            body=body,
-            repeat=repeat.digests(),
-            span=span,
-            started=started,
-        )
         await self._start(Exchange(self._desk, request, client))
 
     async def close(self) -> None:

@@ -4,6 +4,7 @@ nowhere else: keys, passwords, query strings, local variables."""
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import logging
 import re
@@ -70,10 +71,14 @@ class _Destination:
     def __init__(self) -> None:
         self.stream: TextIO | None = None
         self._lines: list[str] = []
+        # The loop that was asked to let them out, until it does.
+        self._asked: asyncio.AbstractEventLoop | None = None
 
     def write(self, text: str) -> None:
         self._lines.append(text)
-        if len(self._lines) == 1 and (loop := _loop()) is not None:
+        loop = _loop()
+        if loop is not None and loop is not self._asked:
+            self._asked = loop
             loop.call_soon(self._emit)
 
     def flush(self) -> None:
@@ -81,6 +86,7 @@ class _Destination:
             self._emit()
 
     def _emit(self) -> None:
+        self._asked = None
         lines, self._lines = self._lines, []
         try:
             if self.stream is not None and lines:
@@ -99,6 +105,8 @@ def _loop() -> asyncio.AbstractEventLoop | None:
 
 
 _destination = _Destination()
+# A loop that is broken off may leave lines behind.
+atexit.register(_destination.flush)
 
 
 # Made once: json.dumps makes an encoder at each call that asks for anything but its own.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from structlog.testing import capture_logs
 
 from proxy.settings import SettingsError, load
-from proxy.tracing import open_tracing, spans
+from proxy.tracing import check_tracing, spans
 from tests.bare import GENERATIONS, JSON_TYPE, request
 from tests.live import (
     JSON,
@@ -643,7 +644,23 @@ def test_the_setting_is_true_or_false(value: str, tmp_path: Path) -> None:
 
 def test_a_variable_that_the_sdk_does_not_take_is_an_error_of_one_line(tmp_path: Path) -> None:
     with environment(OTEL_BSP_MAX_QUEUE_SIZE="-1"), pytest.raises(SettingsError, match=r"OTEL_.*max_queue_size"):
-        open_tracing(load(TRACES, tmp_path))
+        check_tracing(load(TRACES, tmp_path))
+
+
+def test_such_a_variable_ends_the_start_with_several_workers_before_any_of_them(tmp_path: Path) -> None:
+    settings = {**os.environ, **TRACES, "BEANMETER_UPSTREAM_KEY": "sk-beans-x", "OTEL_BSP_MAX_QUEUE_SIZE": "-1"}
+    for command in (["serve", "--workers", "2", "--port", "0"], ["doctor"]):
+        ran = subprocess.run(
+            [sys.executable, "-m", "proxy.cli", *command],
+            env=settings,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+        )
+        assert ran.returncode == 3
+        assert "OTEL_" in ran.stderr
+        assert "Traceback" not in ran.stderr
 
 
 def test_who_does_not_ask_for_traces_does_not_load_them() -> None:

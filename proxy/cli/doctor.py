@@ -36,9 +36,11 @@ class Finding:
 def doctor(as_json: Json = False) -> None:
     """Check all that the gateway needs: settings, prices, database, disk, upstream, identity provider."""
     from proxy.settings import SettingsError, cautions
+    from proxy.tracing import check_tracing
 
     try:
         settings = read_settings()
+        check_tracing(settings)
     except SettingsError as error:
         # Without settings there is nothing else to check.
         if as_json:

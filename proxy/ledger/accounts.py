@@ -178,7 +178,8 @@ def rotate_key(connection: Connection, key_id: str, *, overlap: timedelta, now: 
 
 
 def _pass_on(connection: Connection, team: Row[Any], old_id: str, new_id: str, now: datetime, actor: str) -> None:
-    """Give a key's budgets and limits to its successor as well: a rotation is no way out of them."""
+    """Give a key's budgets and limits to its successor as well. Nothing is spent of them there, so who may spend with a key
+    that has a hard budget may not rotate it."""
     for row in connection.execute(select(budgets).where(budgets.c.key_id == old_id)).all():
         set_budget(connection, team.name, new_id, row.period, row.limit_micro_usd, soft=row.soft, now=now, actor=actor)
     for row in connection.execute(select(limits).where(limits.c.key_id == old_id)).all():

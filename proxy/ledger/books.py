@@ -231,8 +231,8 @@ def _book(page: _Page, bookings: Iterable[Booking], now: datetime) -> None:
             if outcome.state != "released":
                 # What was held is committed before anything is sent: only a database that went back to an earlier state,
                 # such as a standby that was behind, has lost it. The bill has it, so a person has to know.
-                told = {"state": outcome.state, "settled_micro_usd": outcome.settled_micro_usd}
-                log.critical("charge_unknown", charge=job.charge_id, **told)
+                told = {"state": outcome.state, "settled_micro_usd": outcome.settled_micro_usd, "team_id": job.team_id}
+                log.critical("charge_unknown", charge=job.charge_id, **told, upstream_request_id=job.upstream_request_id)
             continue
         if outcome.state not in NEXT[charge.state]:
             continue

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 # A writer waits this long for another process's transaction (a command beside a running gateway) before it gives up.
 LOCK_WAIT_SECONDS = 10
@@ -134,7 +134,8 @@ class Database:
     def interrupt(self, connection: Connection | None) -> None:
         """End what another thread waits for on this connection; it fails there. A server that has frozen has no other way
         to be let go: its connection is closed from this side."""
-        if connection is None:
+        # One that is not connected any more would connect again, here and now, only to be asked for its socket.
+        if connection is None or connection.invalidated:
             return
         # It may have ended by itself meanwhile, and each layer has its own error for that.
         with suppress(Exception):
@@ -149,7 +150,11 @@ class Database:
         """Give all connections back. None may be in use; what is asked later opens new ones."""
         kept, self._kept = self._kept, None
         if kept is not None:
-            kept.close()
+            if self._at_hand.locked():
+                # A thread is stuck with it, and nobody waits for that any more: it fails there.
+                self.interrupt(kept)
+            with suppress(SQLAlchemyError):
+                kept.close()
         self._writer.dispose()
         self._reader.dispose()
 
@@ -165,6 +170,8 @@ def driver_of(connection: Connection) -> Iterator[Any]:
         gone = dialect.is_disconnect(cast("Any", error), proxied, None)
         if gone:
             connection.invalidate(error)
+            # The idle ones are of the same server: none of them is worth a try, nor a wait without an end.
+            connection.engine.dispose()
         # No statement and no values in its text: they would reach the log.
         raise DBAPIError.instance(None, None, error, driver_error, connection_invalidated=gone, dialect=dialect) from error
 
@@ -238,9 +245,6 @@ def _open_postgresql(url: URL, *, writes: bool) -> Engine:
         # Commands write from several threads at once when a server runs them; the teller needs one.
         max_overflow=4,
         pool_timeout=LOCK_WAIT_SECONDS,
-        # After a failover more than one idle connection may be dead, and the teller tries once more, not once for each. The
-        # connection that it keeps at hand is asked only when it is made anew.
-        pool_pre_ping=writes,
         isolation_level="READ COMMITTED" if writes else "REPEATABLE READ",
         connect_args={
             "connect_timeout": CONNECT_SECONDS,

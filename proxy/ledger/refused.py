@@ -40,7 +40,10 @@ class Refused:
         """Bring what was counted into the books, again and again, until cancelled."""
         while True:
             await asyncio.sleep(INTERVAL_SECONDS)
-            await self.note(database, clock)
+            try:
+                await self.note(database, clock)
+            except Exception:  # Whatever it is, the next are counted all the same.
+                log.exception("refusals_not_noted")
 
     async def note(self, database: Database, clock: Callable[[], datetime]) -> None:
         """Bring what was counted into the books. What can't be brought now stays for the next time."""

@@ -149,6 +149,11 @@ class Teller:
             # It was committed, and answered at the very moment at which the waiting ended.
             self._waiting.put(_void(job))
 
+    @property
+    def behind(self) -> bool:
+        """Whether outcomes wait for the database: what is handed in now waits with them."""
+        return bool(self._unwritten)
+
     def book(self, job: Booking) -> asyncio.Future[None]:
         """Write the end of an exchange; the future is done once it is committed, or safe in the journal until it can be."""
         answer: asyncio.Future[None] = self._loop.create_future()

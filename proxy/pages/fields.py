@@ -66,13 +66,13 @@ def usd(fields: Mapping[str, str], name: str) -> int:
         raise FieldError(name, _sentence(error)) from None
 
 
-def whole(fields: Mapping[str, str], name: str, *, most: int) -> int | None:
-    """A whole number up to ``most``; nothing typed is ``None``."""
+def whole(fields: Mapping[str, str], name: str, *, most: int, least: int = 0) -> int | None:
+    """A whole number from ``least`` to ``most``; nothing typed is ``None``."""
     value = fields.get(name, "").strip()
     if not value:
         return None
-    if not (value.isascii() and value.isdigit() and len(value) <= 15 and int(value) <= most):
-        raise FieldError(name, f"Write a whole number from 0 to {most}.")
+    if not (value.isascii() and value.isdigit() and len(value) <= 15 and least <= int(value) <= most):
+        raise FieldError(name, f"Write a whole number from {least} to {most}.")
     return int(value)
 
 

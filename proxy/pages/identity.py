@@ -62,7 +62,7 @@ def admit(claims: Mapping[str, Any], terms: OpenID) -> Holder:
     if said & terms.viewer_values:
         return Holder("viewer", account=account, hours=terms.session_hours)
     named = set() if terms.team_claim is None else values_of(claims, terms.team_claim)
-    teams = sorted(name for name in named if 0 < len(name) <= TEAM_CHARACTERS_MAX)[:TEAMS_NAMED_MAX]
+    teams = sorted(name for name in named if 0 < len(name) <= TEAM_CHARACTERS_MAX and name.isprintable())[:TEAMS_NAMED_MAX]
     if not teams:
         raise NoRole(
             f"the ID token of {account} has no value of {PREFIX}OIDC_ADMIN_VALUES or {PREFIX}OIDC_VIEWER_VALUES in the claim "

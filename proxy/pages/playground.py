@@ -21,17 +21,18 @@ async def show(visit: Visit) -> Response:
 
 
 async def price(visit: Visit) -> Response:
-    """What a request is held at: as JSON, ``hold_micro_usd``."""
+    """What a request is held at: as JSON, ``hold_micro_usd``; or what is wrong with it, ``message``, and at which ``field``.
+    That is no error: it is asked while somebody types."""
     asked, card = visit.asked(), visit.desk.card
     try:
         model = fields.choice(asked, "model", *card.models)
         size = fields.choice(asked, "size", AUTO, *card.models[model].sizes)
         quality = fields.choice(asked, "quality", AUTO, *card.models[model].qualities)
-        n = fields.whole(asked, "n", most=IMAGES_MAX)
-        if not n:
+        n = fields.whole(asked, "n", least=1, most=IMAGES_MAX)
+        if n is None:
             raise FieldError("n", f"Write a whole number from 1 to {IMAGES_MAX}.")
     except FieldError as error:
-        return JSONResponse({"field": error.field, "message": error.message}, 422)
+        return JSONResponse({"field": error.field, "message": error.message})
     hold = card.hold(Order("generation", model, size, quality, n, True))
     return JSONResponse({"hold_micro_usd": hold, "at_most": AUTO in (size, quality)})
 

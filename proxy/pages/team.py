@@ -28,6 +28,8 @@ OVERLAP = timedelta(hours=24)
 
 _DAY = timedelta(days=1)
 
+_CAPPED = "This key has a budget of its own, which a new key would begin anew: ask an operator to rotate it."
+
 
 async def show(visit: Visit) -> Response:
     """The whole page."""
@@ -107,6 +109,8 @@ async def rotate_key(visit: Visit) -> Response:
 
         def write(connection: Connection) -> accounts.NewKey:
             _check_key(connection, visit, key_id)
+            if not visit.is_admin and _capped(connection, visit, key_id):
+                raise FieldError("overlap", _CAPPED)
             ends = OVERLAP if overlap is None else overlap
             return accounts.rotate_key(connection, key_id, overlap=ends, now=visit.now, actor=visit.actor)
 
@@ -240,6 +244,11 @@ def _own_key(visit: Visit) -> str:
 def _check_key(connection: Connection, visit: Visit, key_id: str) -> None:
     if team_of_key(connection, key_id) != visit.named("team"):
         raise Missing
+
+
+def _capped(connection: Connection, visit: Visit, key_id: str) -> bool:
+    """Whether the key has a budget of its own that refuses."""
+    return any(one.key_id == key_id and not one.soft for one in _budgets(connection, visit))
 
 
 def _budgets(connection: Connection, visit: Visit) -> list[reports.BudgetStatus]:

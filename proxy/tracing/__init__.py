@@ -4,6 +4,7 @@ what an exchange is handed while nothing is traced. :mod:`proxy.tracing.spans` d
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -72,3 +73,9 @@ def open_tracing(settings: Settings) -> Tracing:
         return OpenTelemetry()
     except ValueError as error:
         raise SettingsError(f"{PREFIX}TRACES = true: a variable OTEL_... has a value that can't be used: {error}") from None
+
+
+def check_tracing(settings: Settings) -> None:
+    """Raises what :func:`open_tracing` raises: before anything else is begun, and once, however many workers there are."""
+    if settings.traces:
+        asyncio.run(open_tracing(settings).close())

@@ -5,16 +5,24 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from proxy.ledger import engine
-from proxy.ledger.engine import ASKED_AT_ONCE, LOCK_WAIT_SECONDS, STATEMENT_SECONDS, Database
+from proxy.ledger.engine import ASKED_AT_ONCE, LOCK_WAIT_SECONDS, STATEMENT_SECONDS, Database, driver_of
 from proxy.ledger.schema import keys
 from tests.ledger.ledgers import NOON, Ledger, reservation
+from tests.ledger.wire import Wire
+from tests.live import wait_for
+
+# What takes longer than this won't come.
+PATIENCE_SECONDS = 20
 
 ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 ON_POSTGRESQL = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
@@ -194,3 +202,72 @@ def test_a_change_that_hangs_is_let_go(ledger: Ledger, monkeypatch: pytest.Monke
         assert await ledger.database.change(count_teams) == 0
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+@contextmanager
+def stuck(database: Database) -> Iterator[list[Exception]]:
+    """A thread that waits inside a transaction for a server that has fallen silent, and the error that it ends with."""
+    entered: list[Connection] = []
+    failed: list[Exception] = []
+
+    def wait_for_it() -> None:
+        try:
+            ask(database, entered)
+        except DBAPIError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=wait_for_it, daemon=True)
+    thread.start()
+    wait_for(lambda: entered or None)
+    # Long enough for the statement to be on its way; to come earlier would only make the test easier.
+    time.sleep(0.5)
+    try:
+        yield failed
+    finally:
+        database.interrupt(entered[0])
+        thread.join(PATIENCE_SECONDS)
+        assert not thread.is_alive()
+
+
+def ask(database: Database, entered: list[Connection]) -> None:
+    with database.writing() as connection:
+        entered.append(connection)
+        with driver_of(connection) as driver:
+            driver.execute("SELECT 1")
+
+
+@pytest.mark.postgres
+@ON_POSTGRESQL
+def test_idle_connections_to_a_server_that_fell_silent_are_not_tried(ledger: Ledger) -> None:
+    with Wire(ledger.url) as wire:
+        database = Database(wire.url)
+        # Two at once: one is kept at hand, the other is idle in the pool from now on.
+        with database.writing() as one, database.writing() as another:
+            for connection in (one, another):
+                connection.execute(text("SELECT 1"))
+        wire.fall_silent()
+        with stuck(database) as failed:
+            pass
+        assert failed
+        entered: list[Connection] = []
+        thread = threading.Thread(target=ask, args=(database, entered), daemon=True)
+        thread.start()
+        thread.join(PATIENCE_SECONDS)
+        assert not thread.is_alive(), "it waits for a connection that was idle when the server fell silent"
+        database.close()
+
+
+@pytest.mark.postgres
+@ON_POSTGRESQL
+def test_a_thread_that_is_stuck_keeps_no_process_from_ending(ledger: Ledger) -> None:
+    with Wire(ledger.url) as wire:
+        database = Database(wire.url)
+        with database.writing() as connection:
+            connection.execute(text("SELECT 1"))
+        wire.fall_silent()
+        with stuck(database) as failed:
+            closing = threading.Thread(target=database.close, daemon=True)
+            closing.start()
+            closing.join(PATIENCE_SECONDS)
+            assert not closing.is_alive()
+        assert failed

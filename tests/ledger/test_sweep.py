@@ -8,10 +8,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import delete, update
+from sqlalchemy import delete, text, update
 
 from proxy.ledger import sweep
 from proxy.ledger.engine import Database
+from proxy.ledger.journal import Journal
 from proxy.ledger.schema import charges, rollups, team_days
 from proxy.ledger.sweep import Sweeper
 from proxy.ledger.teller import Teller
@@ -23,11 +24,12 @@ FOUND_MAX = 20
 LEFT = 2 * FOUND_MAX + 5
 
 
+def clock() -> datetime:
+    return NOON + timedelta(hours=1)
+
+
 def one_sweep(url: str, journals: Path) -> int:
     """What one sweep of a new process says, an hour later."""
-
-    def clock() -> datetime:
-        return NOON + timedelta(hours=1)
 
     async def scenario() -> int:
         database = Database(url)
@@ -77,3 +79,26 @@ def test_what_cannot_be_booked_is_left_for_the_next_round(ledger: Ledger, tmp_pa
     ledger.close()
     assert one_sweep(ledger.url, tmp_path) == FOUND_MAX
     assert states(ledger) == {"reserved": LEFT}
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_database_that_can_only_be_read_is_not_told_the_same_again_and_again(ledger: Ledger, tmp_path: Path) -> None:
+    left_behind(ledger)
+    with ledger.database.writing() as connection:
+        name = connection.scalar(text("SELECT current_database()"))
+        connection.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'))
+    ledger.close()
+
+    async def scenario() -> list[int]:
+        database = Database(ledger.url)
+        teller = Teller(database, clock, Log(), Journal(tmp_path))
+        teller.start()
+        try:
+            sweeper = Sweeper(database, teller, clock, journals=tmp_path, review_hours=72)
+            return [await sweeper.sweep() for _ in range(3)]
+        finally:
+            await teller.close(0)
+            database.close()
+
+    assert asyncio.run(scenario()) == [FOUND_MAX, 0, 0]

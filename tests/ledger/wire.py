@@ -24,6 +24,7 @@ class _Link:
     def __init__(self, wire: Wire, client: socket.socket, server: socket.socket) -> None:
         self.wire, self.client, self.server = wire, client, server
         self.muffled = False
+        self.silent = False
         self._tail = b""
         for pump in (self._to_server, self._to_client):
             threading.Thread(target=pump, daemon=True).start()
@@ -31,6 +32,8 @@ class _Link:
     def _to_server(self) -> None:
         try:
             while data := self.client.recv(65_536):
+                if self.silent:
+                    continue
                 self._count(data)
                 if _COMMIT in data and (cut := self.wire.take_cut()):
                     self._cut(cut, data)
@@ -44,6 +47,8 @@ class _Link:
     def _to_client(self) -> None:
         try:
             while data := self.server.recv(65_536):
+                if self.silent:
+                    continue
                 if not self.muffled:
                     self.client.sendall(data)
                 elif _COMMIT in data:
@@ -121,6 +126,11 @@ class Wire:
         cut, self._cut = self._cut, None
         self.down = self._stay_down
         return cut
+
+    def fall_silent(self) -> None:
+        """From now on nothing comes through on the connections that are there, and none ends; new ones are as before."""
+        for link in self._links:
+            link.silent = True
 
     def deliver(self) -> None:
         """Let a late COMMIT arrive now."""

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -14,7 +21,7 @@ from proxy.ledger import accounts, reports
 from proxy.ledger.engine import Database
 from proxy.ledger.migrate import migrate
 from proxy.simulator import SimulatorOptions
-from tests.live import now
+from tests.live import PATIENCE_SECONDS, now
 from tests.pages.browser import Window, a_browser, a_window, is_marked, mark, pixels
 from tests.pages.house import TOKEN, serving
 
@@ -89,6 +96,7 @@ def test_a_visit_with_the_keyboard_alone(tmp_path: Path) -> None:
         window.expected = ("429", "401")
         window.press("#send")
         page.get_by_text("budget of $0.250000 per month has $0.244100 left").wait_for()
+        assert page.locator("#cost").inner_text() == "Nothing was charged."
 
         page.goto(team_page)
         assert "$0.0059" in page.get_by_role("region", name="Budgets of the team").inner_text()
@@ -121,29 +129,179 @@ def test_a_visit_with_the_keyboard_alone(tmp_path: Path) -> None:
         window.expect_quiet()
 
 
-def test_an_edit_with_a_reference_image(tmp_path: Path) -> None:
+# A PNG of one pixel.
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+    "1f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082"
+)
+
+
+def run(command: list[str], directory: Path, key: str) -> str:
+    """What a program says that was copied from the playground."""
+    environment = {**os.environ, "BEANMETER_KEY": key, "NO_PROXY": "*"}
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_edit_with_reference_images_and_the_same_in_code(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'books.db'}"
     key = with_key(url, "red")
-    picture = tmp_path / "bean.png"
-    # A PNG of one pixel.
-    picture.write_bytes(
-        bytes.fromhex(
-            "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
-            "1f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082"
-        )
-    )
-    with serving(url, tmp_path, options=SIMULATED) as site, a_browser() as browser, a_window(browser, site) as window:
+    pictures = [tmp_path / f"image-{number}.png" for number in (1, 2)]
+    for picture in pictures:
+        picture.write_bytes(PIXEL)
+    with serving(url, tmp_path) as site, a_browser() as browser, a_window(browser, site) as window:
+        page = window.page
         sign_in(window, key)
-        assert window.page.url.endswith("/dashboard/teams/red")
+        assert page.url.endswith("/dashboard/teams/red")
         window.go("/playground")
         window.type_into("#key", key)
-        window.type_into("#prompt", "the same, in blue")
-        window.page.set_input_files("#images", picture)
-        assert "/images/edits" in window.page.locator("#as-curl").inner_text()
+        window.type_into("#prompt", '@the desk\'s "same"; in blue')
+        page.fill("#n", "3")
+        page.set_input_files("#images", pictures)
         window.press("#send")
-        window.page.get_by_text("It cost $0.0059.").wait_for()
+        page.get_by_text("It cost $0.0177.").wait_for()
+        curl, python, script = (page.locator(f"#as-{name}").inner_text() for name in ("curl", "python", "javascript"))
+        # A program that is copied pays for what the page would, and keeps all of it.
+        run([sys.executable, "-c", python], tmp_path, key)
+        assert [(tmp_path / f"picture-{number}.png").read_bytes()[:4] for number in (1, 2, 3)] == [b"\x89PNG"] * 3
+        paid = 2
+        if shutil.which("curl") is not None:
+            assert len(json.loads(run(["sh", "-c", curl], tmp_path, key))["data"]) == 3
+            paid = 3
+        # The SDK that this is for runs in tests/test_sdks.py.
+        assert "answer.data.entries()" in script
+        for code in (curl, python, script):
+            assert [code.count(picture.name) for picture in pictures] == [1, 1]
         window.go("/teams/red/requests")
-        assert "edit" in window.page.locator("tbody").inner_text()
+        assert page.locator("tbody").inner_text().count("3 of 3") == paid
+        assert page.locator("tbody").inner_text().count("edit") == paid
+        window.expect_quiet()
+
+
+@contextmanager
+def a_playground(directory: Path) -> Iterator[Window]:
+    """The playground before a gateway, for a member of the team red, with a key of that team in its field."""
+    url = f"sqlite:///{directory / 'books.db'}"
+    key = with_key(url, "red")
+    with serving(url, directory) as site, a_browser() as browser, a_window(browser, site) as window:
+        sign_in(window, key)
+        window.go("/playground")
+        window.page.fill("#key", key)
+        window.page.fill("#prompt", "a bean")
+        yield window
+
+
+def make(window: Window, prompt: str) -> None:
+    window.page.fill("#prompt", prompt)
+    window.page.locator("#send").click()
+
+
+# What the page's own reader makes of a stream that comes in pieces of some bytes.
+READ = """async ([text, size]) => {
+  const bytes = new TextEncoder().encode(text);
+  const body = new ReadableStream({
+    start(pieces) {
+      for (let at = 0; at < bytes.length; at += size) pieces.enqueue(bytes.slice(at, at + size));
+      pieces.close();
+    },
+  });
+  const found = [];
+  for await (const event of events(body)) found.push(event);
+  return found;
+}"""
+
+
+def test_a_stream_is_read_whatever_ends_its_lines_and_wherever_it_is_cut(tmp_path: Path) -> None:
+    lines = [": hello", "", "event: a", 'data: {"bean":', "data: 1}", "", "", 'data: {"bean": "ü"}', "", "data: [DONE]", ""]
+    # The last event may have no blank line after it.
+    lines.append('data: {"bean": 3}')
+    with a_playground(tmp_path) as window:
+        for newline in ("\n", "\r\n", "\r"):
+            for size in (1, 2, 3, 7, 1_000):
+                for end in ("", newline, 2 * newline):
+                    found = window.page.evaluate(READ, [newline.join(lines) + end, size])
+                    assert found == [{"bean": 1}, {"bean": "ü"}, {"bean": 3}], (newline, size, end)
+        make(window, "[[sim newline=cr]]")
+        window.page.locator("#cost", has_text="It cost $0.0059.").wait_for()
+        assert window.page.locator("#told").inner_text() == "Done."
+        assert window.page.locator(".pictures img").count() == 1
+        window.expect_quiet()
+
+
+def test_what_cant_be_sent_is_said_at_its_field(tmp_path: Path) -> None:
+    with a_playground(tmp_path) as window:
+        page = window.page
+        key = page.input_value("#key")
+        page.fill("#key", "sk-bm-ключ")
+        assert page.locator("#key[aria-invalid] + #key-told").inner_text().startswith("A key has only letters from a to z")
+        page.locator("#price", has_text="$0.0059").wait_for()
+        page.locator("#send").click()
+        assert page.evaluate("document.activeElement.id") == "key"
+        page.fill("#key", key)
+        assert page.locator("#key:not([aria-invalid]) + #key-told").inner_text().startswith("Stays in this page's memory")
+
+        page.set_input_files("#images", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"a bean"})
+        told = page.locator("#images[aria-invalid] + #images-told")
+        assert told.inner_text() == "notes.txt is not a PNG, JPEG or WebP file: choose others."
+        page.locator("#send").click()
+        page.set_input_files("#images", [])
+        # Neither was sent.
+        assert page.locator("#told").inner_text() == "The picture appears here."
+
+        for number in ("", "11"):
+            page.fill("#n", number)
+            page.locator("#order:has(#n[aria-invalid]) #price", has_text="Write a whole number from 1 to 10.").wait_for()
+        page.fill("#n", "1")
+        page.locator("#order:has(#n:not([aria-invalid])) #price", has_text="$0.0059").wait_for()
+        window.expect_quiet()
+
+
+def test_what_became_of_a_request_is_told_in_words(tmp_path: Path) -> None:
+    with a_playground(tmp_path) as window:
+        page = window.page
+        window.expected = ("status of 400", "status of 500", "status of 502", "net::ERR_")
+        held = "$0.0000 so far, $0.0059 held until an operator has looked at it."
+        for prompt, refused, cost in (
+            ("[[sim error=500 body=html]]", "The answer was an error, status 500, without a word why.", held),
+            ("[[sim reset=before-headers]]", "The image service broke off before it answered", held),
+            ("[[sim cut=50%]]", "The connection broke. The gateway reads on", held),
+            ("[[sim error=400]]", "safety system", "Nothing was charged."),
+            ("[[sim json deliver=0]]", "", "Nothing was charged."),
+        ):
+            make(window, prompt)
+            page.locator("#cost", has_text=cost).wait_for()
+            assert page.locator("#cost").inner_text() == cost, prompt
+            assert refused in page.locator("#refused").inner_text(), prompt
+            assert page.locator("#refused").is_visible() == bool(refused), prompt
+
+        # Of another team's request this visitor learns no cost: what is held there is called neither free nor booked.
+        page.fill("#key", with_key(f"sqlite:///{tmp_path / 'books.db'}", "green"))
+        window.expected += ("status of 404",)
+        with page.expect_response("**/playground/cost?*"):
+            make(window, "[[sim reset=before-headers]]")
+        assert "broke off before it answered" in page.locator("#refused").inner_text()
+        assert page.locator("#cost").inner_text() == ""
+        make(window, "a bean")
+        page.locator("#cost", has_text="It is booked to the key's own team.").wait_for()
+
+        page.route("**/v1/images/generations", lambda route: route.abort())
+        make(window, "a bean")
+        page.locator("#refused", has_text="No answer came.").wait_for()
+        window.expect_quiet()
+
+
+def test_a_picture_elsewhere_is_a_link(tmp_path: Path) -> None:
+    with a_playground(tmp_path) as window:
+        page = window.page
+        make(window, "[[sim url]]")
+        page.locator("#cost", has_text="It cost $0.0059.").wait_for()
+        link = page.locator(".pictures a")
+        address = re.fullmatch(r"http://(127\.0\.0\.1:\d+)/\S+\.png", link.get_attribute("href") or "")
+        assert address is not None
+        assert (link.inner_text(), page.locator(".pictures img").count()) == (f"The picture is at {address[1]}", 0)
+        # It leads to the web and nowhere else.
+        assert page.evaluate("linkTo('javascript:alert(1)')") == "The picture's address can't be opened."
         window.expect_quiet()
 
 

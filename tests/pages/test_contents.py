@@ -280,6 +280,25 @@ def test_a_member_changes_the_own_key_alone(house: House) -> None:
         assert {row["actor"] for row in reports.list_audit(connection) if row["action"] == "key.rotate"} == {"page:team red"}
 
 
+def test_a_rotation_is_no_way_to_a_budget_that_begins_anew(house: House) -> None:
+    key_id, rotation = house.gateway.key_id, f"/teams/red/keys/{house.gateway.key_id}/rotate"
+
+    def set_budget(*, soft: bool) -> None:
+        with house.gateway.database.writing() as connection:
+            accounts.set_budget(connection, "red", key_id, "month", 12_000, soft=soft, now=now(), actor="test")
+
+    set_budget(soft=False)
+    visitor = house.member()
+    refusal = visitor.post(rotation, {"overlap": "1h"})
+    assert refusal.status_code == 422
+    assert "has a budget of its own" in refusal.text
+    with house.gateway.database.reading() as connection:
+        assert len(accounts.list_keys(connection, "red")) == 1
+    # One that refuses nothing is no reason, and an operator may.
+    set_budget(soft=True)
+    assert visitor.done(rotation, {"overlap": "1h"}).status_code == 201
+
+
 def test_a_key_is_changed_on_its_own_teams_page(home: House) -> None:
     home.gateway.add_team("green")
     visitor = home.operator()
@@ -387,7 +406,9 @@ def test_the_price_of_an_order_and_its_cost(house: House) -> None:
     assert auto == {"hold_micro_usd": PRICE_MICRO_USD, "at_most": True}
     for wrong, field in ((f"{query}&n=11", "n"), (f"{query}&n=0", "n"), (f"{query}&n=", "n"), ("model=x", "model")):
         answer = visitor.get(f"/playground/price?{wrong}")
-        assert (answer.status_code, answer.json()["field"]) == (422, field)
+        assert (answer.status_code, answer.json()["field"]) == (200, field)
+        if field == "n":
+            assert answer.json()["message"] == "Write a whole number from 1 to 10."
     request_id = house.order().headers["x-beanmeter-request-id"]
     house.gateway.charge_when_ended(request_id)
     cost = visitor.get(f"/playground/cost?request_id={request_id}").json()

@@ -8,6 +8,23 @@ const base = `${location.origin}/v1`;
 // How many a request asks for; fewer may come.
 const PREVIEWS = 2;
 
+// What the image API takes as a reference.
+const IMAGES = ["image/png", "image/jpeg", "image/webp"];
+
+// An error in words for who looks at the page; those of the browser are for who wrote it.
+class Told extends Error {}
+
+const NO_ANSWER =
+  "No answer came. If the gateway has the request, it reads on and books what is made: look at the requests of the key's team.";
+const BROKEN =
+  "The connection broke. The gateway reads on while an answer comes, and books it: look at the requests of the key's team.";
+const UNREADABLE = "The answer is not one of an image API, and can't be shown.";
+const FREE = "Nothing was charged.";
+
+function failWith(message) {
+  throw new Told(message);
+}
+
 function usd(micro) {
   const digits = String(Math.abs(micro)).padStart(7, "0");
   const fraction = digits.slice(-6).replace(/00$/, "");
@@ -29,6 +46,36 @@ function order() {
   return fields;
 }
 
+function typedKey() {
+  return at("key").value.trim();
+}
+
+// A header takes nothing else.
+function isPrintable(key) {
+  return /^[\x21-\x7e]*$/.test(key);
+}
+
+function mark(id, wrong) {
+  if (wrong) at(id).setAttribute("aria-invalid", "true");
+  else at(id).removeAttribute("aria-invalid");
+}
+
+function tell(id, message) {
+  const told = at(`${id}-told`);
+  told.dataset.hint ??= told.textContent;
+  told.textContent = message || told.dataset.hint;
+  told.classList.toggle("error", message !== "");
+  mark(id, message !== "");
+}
+
+// Says at its field what can't be sent, and gives the first such field.
+function wrongField() {
+  tell("key", isPrintable(typedKey()) ? "" : "A key has only letters from a to z, digits and hyphens: copy it again.");
+  const other = [...at("images").files].find((file) => !IMAGES.includes(file.type));
+  tell("images", other ? `${other.name} is not a PNG, JPEG or WebP file: choose others.` : "");
+  return [at("key"), at("images")].find((field) => field.hasAttribute("aria-invalid"));
+}
+
 function offer() {
   for (const option of document.querySelectorAll("option[data-model]")) {
     option.hidden = option.disabled = option.dataset.model !== at("model").value;
@@ -42,7 +89,7 @@ function readImage(file) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(reader.error);
+    reader.onerror = () => reject(new Told(`${file.name} can't be read: choose it again.`));
     reader.readAsDataURL(file);
   });
 }
@@ -60,13 +107,15 @@ async function left(key) {
 
 async function showPrice() {
   const mine = ++asked;
-  const { model, size, quality, n } = order();
-  const key = at("key").value.trim();
-  const query = new URLSearchParams({ model, size, quality, n });
-  const [answer, budget] = await Promise.all([fetch(`${page.dataset.price}?${query}`), key.startsWith("sk-bm-") ? left(key) : null]);
+  const { model, size, quality } = order();
+  const key = typedKey();
+  const query = new URLSearchParams({ model, size, quality, n: at("n").value });
+  const budgeted = key.startsWith("sk-bm-") && isPrintable(key);
+  const [answer, budget] = await Promise.all([fetch(`${page.dataset.price}?${query}`), budgeted ? left(key) : null]);
   const told = await answer.json().catch(() => ({ message: "The price can't be told now." }));
   if (mine !== asked) return;
-  if (!answer.ok) {
+  mark("n", told.field === "n");
+  if (told.message) {
     at("price").textContent = told.message;
     return;
   }
@@ -87,18 +136,24 @@ function soon() {
 async function* events(body) {
   const decoder = new TextDecoder();
   let pieces = [];
+  let endedInCr = false;
   const reader = body.getReader();
   for (;;) {
-    const { done, value } = await reader.read();
-    const text = done ? decoder.decode() : decoder.decode(value, { stream: true });
+    const { done, value } = await reader.read().catch(() => failWith(BROKEN));
+    const decoded = done ? decoder.decode() : decoder.decode(value, { stream: true });
+    // A line ends in LF, CR or CRLF; of the latter, the LF can be in the next piece.
+    const text = (endedInCr ? decoded.replace(/^\n/, "") : decoded).replace(/\r\n?/g, "\n");
+    if (decoded) endedInCr = decoded.endsWith("\r");
     // An event is megabytes long and comes in many pieces: they are joined once, where it ends.
-    const tail = (pieces.at(-1) ?? "").slice(-3);
-    pieces.push(text);
-    if (/\n\r?\n/.test(tail + text) || done) {
-      const blocks = pieces.join("").split(/\r?\n\r?\n/);
-      pieces = done ? [] : [blocks.pop()];
+    const ends = ((pieces.at(-1) ?? "").slice(-1) + text).includes("\n\n");
+    if (text) pieces.push(text);
+    if (ends || done) {
+      const blocks = pieces.join("").split("\n\n");
+      const rest = done ? "" : blocks.pop();
+      pieces = rest ? [rest] : [];
       for (const block of blocks) {
-        const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
+        const lines = block.split("\n").filter((line) => line.startsWith("data:"));
+        const data = lines.map((line) => line.slice(5).trim()).join("\n");
         if (data && data !== "[DONE]") yield JSON.parse(data);
       }
     }
@@ -123,18 +178,20 @@ function clear() {
 
 function figure() {
   const found = document.createElement("figure");
-  const image = document.createElement("img");
-  found.append(image);
   at("pictures").append(found);
   return found;
 }
 
 function show(into, event, preview) {
-  const url = event.b64_json ? blobOf(event.b64_json, event.output_format) : event.url;
-  shown.push(url);
   into.classList.toggle("preview", preview);
   into.dataset.previews = Number(into.dataset.previews || 0) + (preview ? 1 : 0);
-  const image = into.querySelector("img");
+  if (!event.b64_json) {
+    if (!preview) into.append(linkTo(event.url));
+    return;
+  }
+  const url = blobOf(event.b64_json, event.output_format);
+  shown.push(url);
+  const image = into.querySelector("img") ?? into.appendChild(document.createElement("img"));
   image.src = url;
   image.alt = preview ? "A preview of the picture" : `The picture: ${at("prompt").value}`;
   if (preview) return;
@@ -145,19 +202,32 @@ function show(into, event, preview) {
   into.append(link);
 }
 
+// Of another host no picture may be shown here: who wants to see it goes there.
+function linkTo(url) {
+  const address = URL.canParse(url) ? new URL(url) : null;
+  if (!["http:", "https:"].includes(address?.protocol)) return "The picture's address can't be opened.";
+  const link = document.createElement("a");
+  link.href = address.href;
+  link.target = "_blank";
+  link.rel = "noopener noreferrer";
+  link.textContent = `The picture is at ${address.host}`;
+  return link;
+}
+
 async function follow(answer) {
   const type = answer.headers.get("content-type") || "";
   let current = null;
   let finished = 0;
   if (!type.startsWith("text/event-stream")) {
-    for (const image of (await answer.json()).data) {
+    const text = await answer.text().catch(() => failWith(BROKEN));
+    for (const image of JSON.parse(text).data) {
       show(figure(), image, false);
       finished += 1;
     }
     return finished;
   }
   for await (const event of events(answer.body)) {
-    if (event.error || event.type === "error") throw new Error(event.error?.message || event.message || "The upstream failed.");
+    if (event.error || event.type === "error") failWith(event.error?.message || event.message || "The upstream failed.");
     const preview = event.type.endsWith(".partial_image");
     if (!preview && !event.type.endsWith(".completed")) continue;
     current ??= figure();
@@ -171,53 +241,79 @@ async function follow(answer) {
   return finished;
 }
 
-async function showCost(request) {
+// Why there is no picture, and whether it is certain that it was free: the gateway's own refusals are, but for one.
+async function refusal(answer) {
+  const error = (await answer.json().catch(() => null))?.error;
+  const own = answer.headers.get("x-beanmeter-error-source") === "gateway";
+  return {
+    message: error?.message || `The answer was an error, status ${answer.status}, without a word why.`,
+    free: own && ![undefined, "upstream_failed"].includes(error?.code),
+  };
+}
+
+// What became of a request. `unseen` is what to say where it belongs to a team that this visitor is no member of.
+async function showCost(request, unseen) {
   // The last byte can come a moment before the booking.
   for (let tries = 0; tries < 20; tries += 1) {
     const answer = await fetch(`${page.dataset.cost}?${new URLSearchParams({ request_id: request })}`);
     if (answer.status === 404) {
-      at("cost").textContent = "It is booked to the key's own team.";
+      at("cost").textContent = unseen;
       return;
     }
     if (!answer.ok) break;
     const charge = await answer.json();
     if (!["reserved", "forwarded"].includes(charge.state)) {
-      at("cost").textContent = charge.state === "review"
-        ? `${usd(charge.settled_micro_usd)} so far, ${usd(charge.reserved_micro_usd)} held until an operator has looked at it.`
-        : `It cost ${usd(charge.settled_micro_usd)}.`;
+      if (charge.state === "review") {
+        at("cost").textContent =
+          `${usd(charge.settled_micro_usd)} so far, ${usd(charge.reserved_micro_usd)} held until an operator has looked at it.`;
+      } else at("cost").textContent = charge.settled_micro_usd ? `It cost ${usd(charge.settled_micro_usd)}.` : FREE;
       return;
     }
     await new Promise((resolve) => setTimeout(resolve, 250));
   }
-  at("cost").textContent = "What it cost is not known yet; the team's page will tell.";
+  at("cost").textContent = `What it cost is not known yet; the requests of the key's team will tell, at ${request}.`;
 }
 
 async function send(event) {
   event.preventDefault();
+  const wrong = wrongField();
+  if (wrong) {
+    wrong.focus();
+    return;
+  }
   clear();
   at("send").disabled = true;
   at("told").textContent = "On its way…";
   let request = null;
+  let unseen = "";
   try {
     const images = await Promise.all([...at("images").files].map(readImage));
     const body = images.length ? { ...order(), images: images.map((url) => ({ image_url: url })) } : order();
     const answer = await fetch(`${base}/images/${images.length ? "edits" : "generations"}`, {
       method: "POST",
       credentials: "omit",
-      headers: { authorization: `Bearer ${at("key").value.trim()}`, "content-type": "application/json" },
+      headers: { authorization: `Bearer ${typedKey()}`, "content-type": "application/json" },
       body: JSON.stringify(body),
-    });
-    if (!answer.ok) throw new Error((await answer.json()).error?.message || `Status ${answer.status}`);
+    }).catch(() => failWith(NO_ANSWER));
     request = answer.headers.get("x-beanmeter-request-id");
+    if (!answer.ok) {
+      const { message, free } = await refusal(answer);
+      if (free) {
+        request = null;
+        at("cost").textContent = FREE;
+      }
+      failWith(message);
+    }
     const finished = await follow(answer);
+    if (finished) unseen = "It is booked to the key's own team.";
     at("told").textContent = finished ? "Done." : "No picture came.";
   } catch (error) {
     at("told").textContent = "";
-    at("refused").textContent = error.message;
+    at("refused").textContent = error instanceof Told ? error.message : UNREADABLE;
     at("refused").hidden = false;
   }
   at("send").disabled = false;
-  if (request) await showCost(request).catch(() => {});
+  if (request) await showCost(request, unseen).catch(() => {});
   soon();
 }
 
@@ -225,33 +321,57 @@ async function send(event) {
 
 function snippets() {
   const { model, prompt, size, quality, n } = order();
-  const edits = at("images").files.length > 0;
-  const path = edits ? "edits" : "generations";
-  const body = { model, prompt, size, quality, n, ...(edits ? { images: [{ image_url: "data:image/png;base64,..." }] } : {}) };
-  const json = JSON.stringify(body, null, 2);
-  const quoted = JSON.stringify;
-  at("as-curl").textContent =
-    `curl ${base}/images/${path} \\\n  -H "Authorization: Bearer $BEANMETER_KEY" \\\n` +
-    `  -H 'Content-Type: application/json' \\\n  -d '${json.replaceAll("'", "'\\''")}'`;
-  const call = edits ? "edit" : "generate";
-  const args = [["model", model], ["prompt", prompt], ["size", size], ["quality", quality]].map(([name, value]) => [name, quoted(value)]);
-  args.push(["n", String(n)]);
-  const python = [...(edits ? [["image", 'open("image.png", "rb")']] : []), ...args].map(([name, value]) => `    ${name}=${value},`);
-  at("as-python").textContent =
+  const types = [...at("images").files].map(({ type }) => type).filter((type) => IMAGES.includes(type));
+  const files = types.map((type, index) => ({ type, name: `image-${index + 1}.${type.replace("image/", "")}` }));
+  const fields = { model, prompt, size, quality, n };
+  at("as-curl").textContent = asCurl(fields, files);
+  at("as-python").textContent = asPython(fields, files);
+  at("as-javascript").textContent = asJavaScript(fields, files);
+}
+
+const inShell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+function asCurl(fields, files) {
+  const head = [`curl ${base}/images/${files.length ? "edits" : "generations"}`, `-H "Authorization: Bearer $BEANMETER_KEY"`];
+  const body = files.length
+    ? [
+        ...Object.entries(fields).map(([name, value]) => `--form-string ${inShell(`${name}=${value}`)}`),
+        ...files.map(({ name, type }) => `-F ${inShell(`image[]=@${name};type=${type}`)}`),
+      ]
+    : [`-H 'Content-Type: application/json'`, `-d ${inShell(JSON.stringify(fields, null, 2))}`];
+  return [...head, ...body].join(" \\\n  ");
+}
+
+function asPython(fields, files) {
+  const args = Object.entries(fields).map(([name, value]) => `    ${name}=${JSON.stringify(value)},\n`);
+  const images = files.map(({ name }) => `open("${name}", "rb")`);
+  if (files.length) args.unshift(`    image=[${images.join(", ")}],\n`);
+  return (
     `import base64, os\nfrom openai import OpenAI\n\n` +
-    `client = OpenAI(base_url=${quoted(base)}, api_key=os.environ["BEANMETER_KEY"])\n` +
-    `answer = client.images.${call}(\n${python.join("\n")}\n)\n` +
-    `with open("picture.png", "wb") as file:\n    file.write(base64.b64decode(answer.data[0].b64_json))`;
-  const script = [...(edits ? [["image", 'fs.createReadStream("image.png")']] : []), ...args].map(([name, value]) => `  ${name}: ${value},`);
-  at("as-javascript").textContent =
-    `import fs from "node:fs";\nimport OpenAI from "openai";\n\n` +
-    `const client = new OpenAI({ baseURL: ${quoted(base)}, apiKey: process.env.BEANMETER_KEY });\n` +
-    `const answer = await client.images.${call}({\n${script.join("\n")}\n});\n` +
-    `fs.writeFileSync("picture.png", Buffer.from(answer.data[0].b64_json, "base64"));`;
+    `client = OpenAI(base_url=${JSON.stringify(base)}, api_key=os.environ["BEANMETER_KEY"])\n` +
+    `answer = client.images.${files.length ? "edit" : "generate"}(\n${args.join("")})\n` +
+    `for number, image in enumerate(answer.data, 1):\n` +
+    `    with open(f"picture-{number}.png", "wb") as file:\n        file.write(base64.b64decode(image.b64_json))`
+  );
+}
+
+function asJavaScript(fields, files) {
+  const args = Object.entries(fields).map(([name, value]) => `  ${name}: ${JSON.stringify(value)},\n`);
+  // Without a type the SDK sends a stream as unknown bytes.
+  const images = files.map(({ name, type }) => `await toFile(fs.createReadStream("${name}"), null, { type: "${type}" })`);
+  if (files.length) args.unshift(`  image: [\n${images.map((image) => `    ${image},\n`).join("")}  ],\n`);
+  return (
+    `import fs from "node:fs";\nimport OpenAI${files.length ? ", { toFile }" : ""} from "openai";\n\n` +
+    `const client = new OpenAI({ baseURL: ${JSON.stringify(base)}, apiKey: process.env.BEANMETER_KEY });\n` +
+    `const answer = await client.images.${files.length ? "edit" : "generate"}({\n${args.join("")}});\n` +
+    `for (const [index, image] of answer.data.entries()) {\n` +
+    `  fs.writeFileSync(\`picture-\${index + 1}.png\`, Buffer.from(image.b64_json, "base64"));\n}`
+  );
 }
 
 function changed() {
   offer();
+  wrongField();
   snippets();
   soon();
 }
