@@ -31,6 +31,7 @@ from proxy.settings import SECRETS, Settings
 from tests import rooms
 from tests.markdown import (
     DOCUMENTS,
+    README,
     REFERENCE,
     ROOT,
     anchors,
@@ -111,6 +112,22 @@ def test_no_document_names_a_command_or_option_that_does_not_exist(path: Path) -
         found = [command for command in known if re.match(rf"{command}(?= |$)", named)]
         assert found, f"{path.name} names {named!r}: there is no such command"
         assert set(re.findall(r"(?<= )--?[a-z][a-z-]*", named)) <= known[found[0]] | {"--help"}, named
+
+
+def test_who_follows_the_readme_from_a_checkout_finds_the_program() -> None:
+    """make puts it into .venv/bin alone: that stands before its name, or in the path of the shell by then."""
+    lines = [line for block in blocks_of(README) if block.language in ("sh", "text") for line in block.code.splitlines()]
+    commands = [number for number, line in enumerate(lines) if re.match(r"(\$ )?beanmeter ", line)]
+    in_path = [number for number, line in enumerate(lines) if ".venv/bin:$PATH" in line]
+    assert commands
+    assert min(in_path, default=len(lines)) < min(commands)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_a_document_says_how_to_get_the_clients_that_it_shows(path: Path) -> None:
+    words = path.read_text("utf-8")
+    for needed, command in (("from openai import", "pip install openai"), ('from "openai"', "npm install openai")):
+        assert needed not in words or command in words.partition(needed)[0], f"{path.name} shows it before {command!r}"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)

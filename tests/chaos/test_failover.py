@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -24,6 +27,7 @@ from tests.chaos.sizes import size
 from tests.chaos.test_soak import Gateway, Soak, watching
 from tests.ledger.ledgers import Ledger, reservation
 from tests.live import PRICE_MICRO_USD, now, wait_for
+from tests.markdown import ROOT, blocks_of
 from tests.postgres import Server, Standby
 
 FAILOVERS = size(1, 5)
@@ -34,6 +38,9 @@ AWAY_SECONDS_MAX = 1.5
 
 # Small, and both at once: what is seen by the standby, what is not, and what is under way.
 ORDERS = 4
+
+# Where a reader's shell finds the program.
+PROGRAMS = Path(sys.executable).parent
 
 
 class Pair:
@@ -116,6 +123,9 @@ def lose_primaries(pair: Pair, gateways: list[Gateway], soak: Soak, chance: rand
             if turn:
                 pair.rebuild()
             time.sleep(LOAD_SECONDS)
+            # What is committed from here on reaches nobody but the primary: so nobody may be told that it is.
+            pair.standby.fall_behind()
+            time.sleep(0.5)
             pair.primary.kill()
             time.sleep(chance.uniform(0, AWAY_SECONDS_MAX))
             # With what it could not book in its journal, and what it had open in nobody's.
@@ -134,15 +144,18 @@ def test_what_a_standby_has_not_seen_is_missing_and_can_be_found(breakable_postg
         fresh_database(pair.primary)
         team = stack.enter_context(crew(pair.url("books"), tmp_path))
         team.set_budget(2 * ORDERS * PRICE_MICRO_USD)
-        gateway = team.start(team.plan())
+        gateway = Gateway(team, 0)
+        stack.callback(gateway.close)
+        gateway.wait_until_ready()
         for _ in range(ORDERS - 1):
             assert team.order(gateway.base_url) == 200
         with team.orders_under_way([gateway.base_url], 5) as half_seen:
             wait_for(lambda: states_on(pair.standby) == ["forwarded"] + ["settled"] * (ORDERS - 1) or None)
             pair.standby.fall_behind()
             assert [order.result() for order in half_seen] == [200]
-        for _ in range(ORDERS - 1):
+        for _ in range(ORDERS - 2):
             assert team.order(gateway.base_url) == 200
+        assert team.order(gateway.base_url, "[[sim reset=before-headers bill=yes]]") == "upstream_failed"
         with team.orders_under_way([gateway.base_url], 5) as under_way:
             pair.primary.kill()
             pair.fail_over()
@@ -151,7 +164,7 @@ def test_what_a_standby_has_not_seen_is_missing_and_can_be_found(breakable_postg
             assert [order.result() for order in under_way] == [200]
         wait_for(lambda: "charge_unknown" in gateway.log.read_text() or None)
         assert gateway.stop() == 0
-        team.recover()
+        team.recover(gateway.state_dir)
 
         charges = team.charges()
         # What the standby saw the hold of, and not the end, comes up for review.
@@ -163,12 +176,30 @@ def test_what_a_standby_has_not_seen_is_missing_and_can_be_found(breakable_postg
         in_books = sum(row["settled_micro_usd"] + row["reserved_micro_usd"] for row in charges.values())
         assert sum(billed.values()) - in_books == ORDERS * PRICE_MICRO_USD
 
-        # The log has a line of each exchange, with its cost, and says of the one that was under way that it has no charge.
-        lines = [json.loads(line) for line in gateway.log.read_text().splitlines() if line.startswith("{")]
-        logged = {line["request_id"]: line["settled_micro_usd"] for line in lines if line["event"] == "exchange"}
-        assert logged == billed
+        # As the documents say: whatever was logged with money and has no charge is missing, and nothing else is.
+        with gateway.log.open("a") as log:
+            log.write('{"timestamp": "2026-11-22T12:00:00Z", "event": "excha')
+        found = [line.split() for line in as_documented(team.database_url, gateway.log)]
+        assert sorted(request_id for request_id, *_ in found) == sorted(missing)
+        settled, review = ["red", "settled", str(PRICE_MICRO_USD), "0"], ["red", "review", "0", str(PRICE_MICRO_USD)]
+        assert sorted(rest for _, *rest in found) == [review] + [settled] * (ORDERS - 1)
+        # And the log says of the one that was under way that it has no charge.
+        lines = [json.loads(line) for line in gateway.log.read_text().splitlines() if line.endswith("}")]
         (unknown,) = (line for line in lines if line["event"] == "charge_unknown")
         assert (unknown["level"], unknown["state"], unknown["settled_micro_usd"]) == ("critical", "settled", PRICE_MICRO_USD)
+
+
+def as_documented(database_url: str, log: Path) -> list[str]:
+    """What the commands of the document print, where this log is the only gateway's."""
+    (block,) = [block for block in blocks_of(ROOT / "docs" / "scaling.md") if block.language == "sh"]
+    place = Path(tempfile.mkdtemp(dir=log.parent))
+    shutil.copy(log, place / "gateway-0.log")
+    environment = {**os.environ, "BEANMETER_DATABASE_URL": database_url, "PATH": f"{PROGRAMS}:{os.environ['PATH']}"}
+    ran = subprocess.run(
+        ["/bin/sh", "-euc", block.code], cwd=place, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
 
 
 def states_on(server: Server) -> list[str]:
