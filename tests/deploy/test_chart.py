@@ -14,6 +14,7 @@ from proxy.prices import parse_card
 from proxy.settings import PREFIX, SECRETS, Settings
 from proxy.supervisor import MARGIN_SECONDS
 from tests.deploy.programs import DEPLOY, program
+from tests.deploy.test_image import IMAGE
 
 CHART = DEPLOY / "helm" / "beanmeter"
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))
@@ -31,6 +32,10 @@ EVERYTHING = [
     "settings.oidc_client_id=beanmeter",
     r"settings.oidc_admin_values=platform-admins\,owners",
     "settings.oidc_session_hours=8",
+    "settings.traces=true",
+    "otel.OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4318",
+    "certificates.existingConfigMap=authorities",
+    "networkPolicy.from[0].podSelector.matchLabels.app=balancer",
     "autoscaling.enabled=true",
     "serviceMonitor.enabled=true",
     "settings.workers=2",
@@ -141,6 +146,11 @@ def test_more_than_one_gateway_on_sqlite_is_refused(value: str) -> None:
         ([*LEAST, "replicaCount=3"], "replicaCount"),
         ([*LEAST, "image.tag=latest"], "image.tag"),
         ([*LEAST, "database.kind=mysql"], "database.kind"),
+        ([*LEAST, "settings.oidc_issuer=https://login.example.com/"], "settings.oidc_issuer needs settings.oidc_client_id"),
+        ([*LEAST, "autoscaling.enabled=true", "autoscaling.minReplicas=11"], "autoscaling.minReplicas is above"),
+        ([*LEAST, "otel.BEANMETER_UPSTREAM_KEY=sk-beans-in-the-open"], "BEANMETER_UPSTREAM_KEY"),
+        # A number comes from YAML as a float, and to OpenTelemetry 1e+06 is none.
+        ([*LEAST, "otel.OTEL_BSP_MAX_QUEUE_SIZE=1000000"], "OTEL_BSP_MAX_QUEUE_SIZE"),
     ],
 )
 def test_what_is_wrong_is_refused(values: list[str], message: str) -> None:
@@ -149,7 +159,7 @@ def test_what_is_wrong_is_refused(values: list[str], message: str) -> None:
 
 def test_every_setting_is_the_program_s_own() -> None:
     _, container = gateway(render(*EVERYTHING, priceCard=CARD))
-    found = environment(container)
+    found = {name: value for name, value in environment(container).items() if not name.startswith("OTEL_")}
     names = {name.removeprefix(PREFIX).lower().removesuffix("_file") for name in found}
     assert names <= set(Settings.model_fields)
     # And what the program makes of their values is what was meant.
@@ -213,9 +223,10 @@ def test_the_migration_comes_before_the_new_release() -> None:
     assert container["args"] == ["migrate"]
     # On SQLite it has to fail, and not to make a file that no gateway sees.
     assert STATE not in {mount["mountPath"] for mount in container["volumeMounts"]}
-    # It comes before everything else of a first release, so it may need nothing of that.
+    # It comes before everything else of a first release, so it may need nothing of that: only what its operator made.
     assert "serviceAccountName" not in spec
-    assert {next(iter(volume.keys() - {"name"})) for volume in spec["volumes"]} == {"projected", "emptyDir"}
+    assert {next(iter(volume.keys() - {"name"})) for volume in spec["volumes"]} == {"projected", "emptyDir", "configMap"}
+    assert [volume["configMap"] for volume in spec["volumes"] if "configMap" in volume] == [{"name": "authorities"}]
 
 
 def test_a_gateway_that_ends_has_the_time_for_the_longest_image() -> None:
@@ -292,6 +303,44 @@ def test_the_network_is_shut_but_for_what_is_needed() -> None:
     (ingress,), (egress,) = policy["ingress"], policy["egress"]
     assert [port["port"] for port in ingress["ports"]] == [8080]
     assert [port["port"] for port in egress["ports"]] == [53, 53, 443, 5432]
+
+
+def test_who_may_call_is_said_and_helm_test_may_too() -> None:
+    manifests = render(*LEAST, "networkPolicy.from[0].podSelector.matchLabels.app=balancer")
+    (ingress,) = manifests["NetworkPolicy/books-beanmeter"]["spec"]["ingress"]
+    allowed = [peer["podSelector"]["matchLabels"] for peer in ingress["from"]]
+    labels = {
+        "ping": manifests["Pod/books-beanmeter-ping"]["metadata"]["labels"],
+        "gateway": manifests["StatefulSet/books-beanmeter"]["spec"]["template"]["metadata"]["labels"],
+        "balancer": {"app": "balancer"},
+        "another": {"app": "another"},
+    }
+    assert {name for name, own in labels.items() if any(peer.items() <= own.items() for peer in allowed)} == {
+        "ping",
+        "balancer",
+    }
+    # The policy itself, which lets out to few ports, is not for the ping's pod: it has to reach the service's.
+    selected = manifests["NetworkPolicy/books-beanmeter"]["spec"]["podSelector"]["matchLabels"]
+    assert not selected.items() <= labels["ping"].items()
+
+
+def test_traces_are_told_where_the_operator_says() -> None:
+    _, container = gateway(render(*EVERYTHING))
+    found = environment(container)
+    assert found["BEANMETER_TRACES"] == "true"
+    assert found["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector:4318"
+    assert not [name for name in environment(gateway(render(*LEAST))[1]) if name.startswith("OTEL_")]
+
+
+@pytest.mark.parametrize("name", ["StatefulSet/books-beanmeter", "Job/books-beanmeter-migrate"])
+def test_certificates_of_one_s_own_take_the_place_of_the_image_s(name: str) -> None:
+    spec = pod(render(*LEAST, "certificates.existingConfigMap=authorities", "certificates.key=all.crt")[name])
+    (mount,) = [mount for mount in spec["containers"][0]["volumeMounts"] if mount["name"] == "certificates"]
+    # Where the image has its programs look for them.
+    assert mount["mountPath"] == IMAGE.environment["SSL_CERT_FILE"]
+    assert (mount["subPath"], mount["readOnly"]) == ("all.crt", True)
+    assert {"name": "certificates", "configMap": {"name": "authorities"}} in spec["volumes"]
+    assert "certificates" not in {volume["name"] for volume in pod(render(*LEAST)[name])["volumes"]}
 
 
 def test_a_price_card_is_given_as_it_is() -> None:

@@ -130,6 +130,20 @@ def test_an_identity_provider_is_added_with_every_setting_it_has() -> None:
     assert not added["secrets"].keys() & DEFAULT["secrets"].keys()
 
 
+def test_traces_are_added_with_what_the_manual_names() -> None:
+    added = yaml.safe_load((PRESETS / "traces.yml").read_text("utf-8"))
+    assert added.keys() == {"services"}
+    assert added["services"].keys() == {"gateway"}
+    given = added["services"]["gateway"]["environment"]
+    manual = (ROOT / "docs" / "observability.md").read_text("utf-8")
+    assert given.keys() == {f"{PREFIX}TRACES", *re.findall(r"`(OTEL_[A-Z_]+)`", manual)}
+    assert given[f"{PREFIX}TRACES"] == "true"
+    # Without a receiver it does not start; the rest has no value but what `.env` gives it.
+    assert given["OTEL_EXPORTER_OTLP_ENDPOINT"].startswith("${OTEL_EXPORTER_OTLP_ENDPOINT:?")
+    assert {name for name, value in given.items() if value is not None} == {f"{PREFIX}TRACES", "OTEL_EXPORTER_OTLP_ENDPOINT"}
+    assert not given.keys() & SERVICES["gateway"]["environment"].keys()
+
+
 @pytest.mark.parametrize("name", sorted(SERVICES))
 def test_every_secret_is_a_file_that_the_service_has(name: str) -> None:
     service = SERVICES[name]

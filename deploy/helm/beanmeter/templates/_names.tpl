@@ -9,6 +9,12 @@ app.kubernetes.io/name: beanmeter
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{/* Not the gateways' own name: what holds for them, and lets them go nowhere but out, does not hold for who asks them. */}}
+{{- define "beanmeter.pingSelector" -}}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: ping
+{{- end }}
+
 {{- define "beanmeter.labels" -}}
 {{ include "beanmeter.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -57,6 +63,24 @@ securityContext:
     items: [{key: {{ .Values.database.key | quote }}, path: database-url}]
 {{- end }}
 
+{{/* One's own certificates, where the image has those that it trusts. */}}
+{{- define "beanmeter.certificatesMount" -}}
+{{- with .Values.certificates }}
+{{- if .existingConfigMap -}}
+- {name: certificates, mountPath: /etc/ssl/certs/ca-certificates.crt, subPath: {{ .key | quote }}, readOnly: true}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "beanmeter.certificatesVolume" -}}
+{{- with .Values.certificates }}
+{{- if .existingConfigMap -}}
+- name: certificates
+  configMap: {name: {{ .existingConfigMap }}}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* What must not be installed. */}}
 {{- define "beanmeter.check" -}}
 {{- if eq .Values.database.kind "sqlite" }}
@@ -69,5 +93,11 @@ securityContext:
 {{- end }}
 {{- if le (float64 .Values.settings.drain_seconds) (float64 .Values.settings.upstream_timeout_seconds) }}
 {{- fail "settings.drain_seconds has to be above settings.upstream_timeout_seconds: a gateway that ends waits for the longest image" }}
+{{- end }}
+{{- if and .Values.settings.oidc_issuer (not .Values.settings.oidc_client_id) }}
+{{- fail "settings.oidc_issuer needs settings.oidc_client_id: name the client at the identity provider" }}
+{{- end }}
+{{- if and .Values.autoscaling.enabled (gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas)) }}
+{{- fail "autoscaling.minReplicas is above autoscaling.maxReplicas" }}
 {{- end }}
 {{- end }}
