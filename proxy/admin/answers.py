@@ -209,6 +209,33 @@ class Charges(_Page):
     data: list[Charge]
 
 
+class DeclaredTerms(Shape):
+    """A budget or a limit, before or after a change."""
+
+    limit_micro_usd: MicroUsd = _unless_absent()
+    soft: bool = _unless_absent()
+    rpm: int | None = _unless_absent()
+    concurrency: int | None = _unless_absent()
+
+
+class Step(Shape):
+    """One change. ``before`` and ``after`` are null where there is nothing, as for teams."""
+
+    action: Literal["team.add", "team.archive", "budget.set", "budget.remove", "limit.set", "limit.remove"]
+    team: str
+    key_id: str | None
+    period: Period | None
+    before: DeclaredTerms | None
+    after: DeclaredTerms | None
+
+
+class Applied(Shape):
+    """What was changed, or would be."""
+
+    dry_run: bool
+    changes: list[Step]
+
+
 class Spend(_Page):
     """A page of sums."""
 

@@ -19,6 +19,9 @@ MICRO_USD_MAX = 10**18 - 1
 
 REASON_CHARACTERS_MAX = 500
 
+# Some five hundred teams; a larger declaration is for the command line, which reads files.
+TOML_CHARACTERS_MAX = 30_000
+
 Order = Literal["oldest", "newest"]
 State = Literal["reserved", "forwarded", "settled", "released", "review"]
 When = Annotated[str, Field(max_length=NAME_CHARACTERS_MAX, examples=["2026-11-22", "7d"])]
@@ -136,3 +139,14 @@ class Release(Body):
     reason: Annotated[str, Field(min_length=1, max_length=REASON_CHARACTERS_MAX, pattern=r"\S")] = Field(
         description=f"1 to {REASON_CHARACTERS_MAX} characters: why it cost nothing"
     )
+
+
+class Declaration(Body):
+    """Teams, budgets and limits as they should be, in the words of 'beanmeter apply'."""
+
+    toml: Annotated[str, Field(max_length=TOML_CHARACTERS_MAX)] = Field(
+        description=f"TOML of at most {TOML_CHARACTERS_MAX} characters, as in a file for 'beanmeter apply'",
+        examples=["[teams.design.budgets]\nmonth = 60"],
+    )
+    dry_run: bool = Field(False, description="true to see what would change, and change nothing")
+    prune: bool = Field(False, description="true to remove budgets and limits that are not declared, and archive such teams")

@@ -299,6 +299,23 @@ def _when(asked: Asked, field: str, *, end: bool) -> datetime | None:
         raise InputError(f"'{field}': {error}", field) from None
 
 
+# Declared state
+
+
+def _apply(connection: Connection, asked: Asked) -> Row:
+    body = asked.body
+    try:
+        wanted = declared.parse(body.toml)
+        changes = declared.apply(connection, wanted, prune=body.prune, now=asked.now, actor=ACTOR)
+    except declared.DeclarationError as error:
+        told = f"{'.'.join(error.place)}: {error}" if error.place else str(error)
+        raise Problem(409 if isinstance(error, declared.ImpossibleError) else 422, told, "toml") from None
+    if body.dry_run:
+        # Made and taken back: a dry run fails where the real one would.
+        connection.rollback()
+    return {"dry_run": body.dry_run, "changes": [asdict(change) for change in changes]}
+
+
 def _listed(listing: str, page: Page) -> Row:
     return {
         "data": page.rows,
@@ -392,6 +409,15 @@ OPERATIONS = (
         _release,
         "Decided",
         body=asks.Release,
+    ),
+    Operation(
+        "apply",
+        "POST",
+        "/apply",
+        "Bring teams, budgets and limits to what a declaration says: all of it, or nothing",
+        _apply,
+        "Applied",
+        body=asks.Declaration,
     ),
     Operation("sum_up", "GET", "/spend", "What was spent, summed up", _sum_up, "Spend", asks.SpendQuery),
     Operation("list_prices", "GET", "/prices", "The price card in force", _list_prices, "Prices"),

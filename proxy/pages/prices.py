@@ -64,7 +64,7 @@ async def show(visit: Visit) -> Response:
         if _SIZE.fullmatch(size):
             suggestions = {name: suggest(prices, size) for name, prices in visit.desk.card.models.items()}
         else:
-            errors = {"size": "Write width x height in pixels, such as 1500x1000."}
+            errors = {"size": "Write width x height in pixels, such as 1500x1000, each from 1 to 99999."}
     return await visit.page(
         "prices.html",
         422 if errors else 200,

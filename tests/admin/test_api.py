@@ -327,6 +327,49 @@ def changing_commands() -> set[str]:
     return {f"{room} {name}" for room in rooms for name in groups.commands[room].commands if name not in ("list", "show")}
 
 
+# Of this host, of a start, or read here in another way.
+NOT_HERE = {"serve", "demo", "simulator", "ping", "migrate", "doctor"}
+
+
+def test_every_command_is_here_or_of_a_host() -> None:
+    groups: Any = typer.main.get_command(app)
+    single = {name for name, command in groups.commands.items() if not hasattr(command, "commands")}
+    offered = {operation.path.split("/")[1] for operation in OPERATIONS}
+    assert single - NOT_HERE <= offered
+
+
+def test_a_declaration_is_applied_as_from_a_file(office: Office) -> None:
+    toml = '[teams.violet]\nbudgets = { month = "60" }\nlimit = { rpm = 5 }\n'
+    planned = office.change("POST", "/apply", toml=toml, dry_run=True)
+    assert [step["action"] for step in planned["changes"]] == ["team.add", "budget.set", "limit.set"]
+    assert "violet" not in {team["name"] for team in office.rows("/teams")}
+    made = office.change("POST", "/apply", toml=toml)
+    assert made == {"dry_run": False, "changes": planned["changes"]}
+    assert office.change("POST", "/apply", toml=toml) == {"dry_run": False, "changes": []}
+    assert office.ask("GET", "/teams/violet").json()["budgets"][0]["limit_micro_usd"] == 60_000_000
+    (row,) = [row for row in office.rows("/audit") if row["action"] == "team.add" and row["subject"] == "violet"]
+    assert row["actor"] == "admin api"
+    office.change("POST", "/apply", toml=toml.replace("rpm = 5", "rpm = 6"), prune=False)
+    assert {team["name"] for team in office.rows("/teams") if team["archived_at"] is None} >= {"violet", "red"}
+
+
+@pytest.mark.parametrize(
+    ("toml", "status", "told"),
+    [
+        ("teams = 1", 422, "teams"),
+        ("[teams.red", 422, "not TOML"),
+        ("", 422, "no teams"),
+        ('[teams.red]\nbudgets = { month = "-1" }', 422, "teams.red.budgets.month: "),
+        ("[teams.red.keys.key_nobody]\nlimit = { rpm = 1 }", 409, "key_nobody"),
+    ],
+)
+def test_a_declaration_that_cannot_come_true_changes_nothing(office: Office, toml: str, status: int, told: str) -> None:
+    problem = office.refused(status, "POST", "/apply", json={"toml": toml})
+    assert problem["field"] == "toml"
+    assert told in problem["detail"]
+    assert ACTOR not in {row["actor"] for row in office.rows("/audit")}
+
+
 def test_all_that_the_command_line_changes_can_be_changed_here() -> None:
     words = [operation.name.replace("set_team", "set").replace("remove_team", "remove") for operation in OPERATIONS]
     offered = {f"{noun} {verb}" for verb, _, noun in (word.partition("_") for word in words)}
