@@ -296,7 +296,7 @@ def test_the_client_says_who_it_is_in_each_way(tmp_path: Path, secret: str | Non
         {"groups": True},
         {"beanmeter": "red"},
         {"beanmeter": {"teams": ["nobody's"]}},
-        {"beanmeter": {"teams": ["", "RED", " red", "red\x00", "\ud800", "x" * 1_000]}},
+        {"beanmeter": {"teams": ["", "RED", " red", "red\x00", "x" * 1_000]}},
         {"beanmeter": {"teams": {"red": 1}}},
         {"beanmeter": {"teams": [f"team {number}" for number in range(5_000)]}},
     ],
