@@ -106,7 +106,9 @@ def parse(text: str) -> dict[Scope, Terms]:
     """The declared terms by scope, with ``(team, None)`` for every team that is named. Raises :class:`DeclarationError`."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise DeclarationError("this is nested too deeply: a declaration has a few levels") from None
+    except ValueError as error:  # A number of thousands of digits is no error of TOML's own.
         raise DeclarationError(f"this is not TOML: {error}") from None
     _only(data, ("teams",), ())
     named = _table(data, "teams", ())

@@ -359,6 +359,8 @@ def test_a_declaration_is_applied_as_from_a_file(office: Office) -> None:
         ("teams = 1", 422, "teams"),
         ("[teams.red", 422, "not TOML"),
         ("", 422, "no teams"),
+        ("a = " + "[" * 20_000, 422, "nested too deeply"),
+        ("a = " + "1" * 20_000, 422, "not TOML"),
         ('[teams.red]\nbudgets = { month = "-1" }', 422, "teams.red.budgets.month: "),
         ("[teams.red.keys.key_nobody]\nlimit = { rpm = 1 }", 409, "key_nobody"),
     ],
