@@ -15,6 +15,12 @@ _TO_PLAIN_BASE64 = str.maketrans("-_", "+/", string.whitespace)
 
 _BASE64_LETTERS = re.compile(r"[A-Za-z0-9+/]*", re.ASCII)
 
+# What measure needs of a PNG or WebP, and letters that hold more than that, but for line breaks.
+_HEADER_BYTES = 30
+_HEADER_LETTERS = 64
+
+_JPEG = b"\xff\xd8"
+
 # Markers without a segment behind them (TEM, RST0-7, SOI).
 _JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})
 
@@ -32,7 +38,7 @@ def measure(prefix: bytes) -> str | None:
     """
     if prefix.startswith(b"\x89PNG\r\n\x1a\n"):
         return _measure_png(prefix)
-    if prefix.startswith(b"\xff\xd8"):
+    if prefix.startswith(_JPEG):
         return _measure_jpeg(prefix)
     if prefix.startswith(b"RIFF") and prefix[8:12] == b"WEBP":
         return _measure_webp(prefix)
@@ -44,8 +50,22 @@ def decode_base64(text: str) -> bytes:
 
     Reading stops at the first character that is not base64, and what comes before it counts; nothing raises.
     """
-    if text[:5].lower() == "data:":
-        text = text.partition(",")[2]
+    return _decode(_without_scheme(text))
+
+
+def measure_base64(text: str) -> str | None:
+    """What :func:`measure` tells of the bytes of :func:`decode_base64`. All but a JPEG tell by their first ones, and then the
+    others are not decoded: that takes as long as all else that is done with an image."""
+    text = _without_scheme(text)
+    header = _decode(text[:_HEADER_LETTERS])
+    return measure(_decode(text) if len(header) < _HEADER_BYTES or header.startswith(_JPEG) else header)
+
+
+def _without_scheme(text: str) -> str:
+    return text.partition(",")[2] if text[:5].lower() == "data:" else text
+
+
+def _decode(text: str) -> bytes:
     matched = _BASE64_LETTERS.match(text.translate(_TO_PLAIN_BASE64))
     letters = matched[0] if matched else ""
     # A last group of one letter holds less than a byte.

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from proxy.errors import (
     DuplicateParameter,
@@ -25,9 +25,13 @@ from proxy.forms import Field, Form, FormError
 from proxy.money import format_usd
 from proxy.prices import AUTO, ModelPrices, Operation, Order, PriceCard, nearest_size
 from proxy.skim import Found, Skim, SkimError, Watch
+from proxy.whole import Value, may_be_whole, read_whole
 
 # Any name of the price card fits, also spelled with an escape for each character; what is longer is not in the table.
 VALUE_BYTES_MAX = 1_024
+
+# A character takes twelve bytes at most, as a pair of escapes: so many are within VALUE_BYTES_MAX, however they were spelled.
+_SURELY_WHOLE_CHARACTERS = (VALUE_BYTES_MAX - len('""')) // 12
 
 # As much of a wrong value as a caller needs to recognise it.
 ECHO_CHARACTERS_MAX = 64
@@ -44,10 +48,14 @@ _SPELLINGS: Mapping[str, str] = {
     for letters in product(*(_LIKE.get(letter, letter + letter.upper()) for letter in name))
 }
 _WATCH = Watch({(spelling,): VALUE_BYTES_MAX for spelling in _SPELLINGS})
+_LOOK_ALIKES = _SPELLINGS.keys() - READ_FIELDS
 
 _COUNTS: Mapping[str, int] = {str(n): n for n in range(1, 11)}
 _JSON_SWITCH: Mapping[str, bool] = {"true": True, "false": False}
 _FORM_SWITCH: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
+
+# How nearly every request with JSON says so.
+_PLAIN_JSON = b"application/json"
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _media_type = re.compile(rf"[ \t]*({_WORD}/{_WORD})[ \t]*(?=;|\Z)")
@@ -55,8 +63,7 @@ _media_type = re.compile(rf"[ \t]*({_WORD}/{_WORD})[ \t]*(?=;|\Z)")
 _parameter = re.compile(rf";[ \t]*(?:({_WORD})=(?:\"([^\"\\]*)\"|([^\s;\"\\]+)))?[ \t]*(?=;|\Z)")
 
 
-@dataclass(frozen=True, slots=True)
-class Splice:
+class Splice(NamedTuple):
     """The one change ever made to a body: ``body[start:end]`` becomes ``replacement``, the preset of an aliased size."""
 
     start: int
@@ -64,8 +71,7 @@ class Splice:
     replacement: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """What a body asks for, and the change it needs before it goes upstream.
 
     ``dearest`` is what it can mean at most to another reader, and what is held; nearly always the order itself.
@@ -78,7 +84,8 @@ class Reading:
 
 class OrderReader(Protocol):
     """Feed it the body, in pieces of any size, then finish. Both raise a :class:`~proxy.errors.Refusal`: ``feed`` as
-    soon as the body can't be read any more, ``finish`` for whatever else is wrong with it."""
+    soon as the body can't be read any more, ``finish`` for whatever else is wrong with it. Only a small body that comes
+    in one piece is all read by ``finish``."""
 
     def feed(self, chunk: bytes) -> None: ...
 
@@ -98,8 +105,10 @@ def open_order(
     :class:`InvalidMultipart` for a multipart request without a usable boundary.
     """
     _require_no_encoding(content_encodings)
-    media_type, parameters = _read_content_type(content_types)
     clerk = _Clerk(operation, card, aliases)
+    if len(content_types) == 1 and content_types[0] == _PLAIN_JSON:
+        return _JsonOrder(clerk)
+    media_type, parameters = _read_content_type(content_types)
     if media_type == "application/json" and _is_utf8(parameters):
         return _JsonOrder(clerk)
     if media_type == "multipart/form-data" and operation == "edit" and (parameters is None or _is_utf8(parameters)):
@@ -108,25 +117,46 @@ def open_order(
 
 
 class _JsonOrder:
+    """A body that seems to lie whole in its first piece waits for the end, to be read at once. Every other, and one that
+    turns out to be unusual, is read by a :class:`Skim`, which alone knows how to refuse."""
+
     def __init__(self, clerk: _Clerk) -> None:
         self._clerk = clerk
-        self._skim = Skim(_WATCH, strict=True)
+        self._waiting = b""
+        self._skim: Skim | None = None
 
     def feed(self, chunk: bytes) -> None:
-        try:
-            self._skim.feed(chunk)
-        except SkimError as error:
-            raise _invalid_json(error) from None
+        if self._skim is None and not self._waiting and may_be_whole(chunk):
+            self._waiting = chunk
+        else:
+            self._skimmed(chunk)
 
     def finish(self) -> Reading:
+        if self._waiting:
+            members = read_whole(self._waiting)
+            reading = None if members is None else self._clerk.read_usual(members)
+            if reading is not None:
+                return reading
+        skim = self._skimmed(b"")
         try:
-            self._skim.end()
+            skim.end()
         except SkimError as error:
             raise _invalid_json(error) from None
-        exact = [found for found in self._skim.found if found.path[0] in READ_FIELDS]
+        exact = [found for found in skim.found if found.path[0] in READ_FIELDS]
         reading = self._clerk.read(((found.path[0], _said_in_json(found)) for found in exact), _JSON_SWITCH)
-        doubtful = {_SPELLINGS[found.path[0]] for found in self._skim.found if found.path[0] not in READ_FIELDS}
+        doubtful = {_SPELLINGS[found.path[0]] for found in skim.found if found.path[0] not in READ_FIELDS}
         return reading if not doubtful else self._clerk.doubt(reading, doubtful)
+
+    def _skimmed(self, chunk: bytes) -> Skim:
+        """The skim, with all read that came so far."""
+        if self._skim is None:
+            self._skim = Skim(_WATCH, strict=True)
+        waiting, self._waiting = self._waiting, b""
+        try:
+            self._skim.feed(waiting + chunk)
+        except SkimError as error:
+            raise _invalid_json(error) from None
+        return self._skim
 
 
 class _FormOrder:
@@ -151,8 +181,7 @@ class _FormOrder:
         return self._clerk.read(((field.name, _said_in_form(field)) for field in self._form.found), _FORM_SWITCH)
 
 
-@dataclass(frozen=True, slots=True)
-class _Said:
+class _Said(NamedTuple):
     """One read field as the body says it.
 
     ``string`` is its value where it is text, ``literal`` its spelling where it can be a number or a switch; a form's
@@ -198,8 +227,7 @@ def _said_in_form(field: Field) -> _Said:
     return _Said(value, value, text, b"", field.start, field.end)
 
 
-@dataclass(frozen=True, slots=True)
-class _Clerk:
+class _Clerk(NamedTuple):
     """Checks what was said against the price card, field by field, and writes the order."""
 
     operation: Operation
@@ -216,6 +244,25 @@ class _Clerk:
         order = Order(self.operation, prices.name, size, quality, n, stream)
         return Reading(order, splice, dearest=order)
 
+    def read_usual(self, members: Mapping[str, Value]) -> Reading | None:
+        """The reading of a body that asks for what the table has, in so many words: nearly every one. None for the others."""
+        model, size, quality = members.get("model"), members.get("size"), members.get("quality")
+        size = AUTO if size is None else size
+        quality = AUTO if quality is None else quality
+        if not (isinstance(model, str) and isinstance(size, str) and isinstance(quality, str)):
+            return None
+        if len(model) + len(size) + len(quality) > _SURELY_WHOLE_CHARACTERS or not _LOOK_ALIKES.isdisjoint(members):
+            return None
+        prices = self.card.models.get(model)
+        if prices is None or (size, quality) not in prices.dearest_cells:
+            return None
+        n, stream = members.get("n"), members.get("stream")
+        count = 1 if n is None else _COUNTS.get(n.decode("ascii")) if isinstance(n, bytes) else None
+        if count is None or not (stream is None or isinstance(stream, bool)):
+            return None
+        order = Order(self.operation, model, size, quality, count, stream is True)
+        return Reading(order, None, dearest=order)
+
     def doubt(self, reading: Reading, doubtful: Collection[str]) -> Reading:
         """The same reading, held at the dearest that it can mean to another reader of the ``doubtful`` fields."""
         if "model" in doubtful and len(self.card.models) > 1:
@@ -228,7 +275,7 @@ class _Clerk:
             quality=AUTO if "quality" in doubtful else order.quality,
             n=max(_COUNTS.values()) if "n" in doubtful else order.n,
         )
-        return replace(reading, dearest=dearest)
+        return reading._replace(dearest=dearest)
 
     def _model(self, said: _Said | None) -> ModelPrices:
         if said is None:

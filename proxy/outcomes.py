@@ -15,9 +15,9 @@ from proxy.taps import Delivery
 Ending = Literal["settled", "released", "review"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
-    """How a charge is to be booked.
+    """How a charge is to be booked. Not frozen, although nothing changes one: a frozen one takes six times as long to make.
 
     ``settled_micro_usd`` is what is known to be owed; ``reserved_micro_usd`` what stays held, above zero in a review only.
     ``size`` and ``quality`` are those of the delivered images, else as asked. ``reason`` is a word for the books.

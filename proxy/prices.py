@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
-from typing import Literal
+from itertools import product
+from typing import Literal, NamedTuple
 
 from proxy.money import parse_usd
 
@@ -39,8 +40,7 @@ class Order:
     stream: bool
 
 
-@dataclass(frozen=True, slots=True)
-class DeliveredImage:
+class DeliveredImage(NamedTuple):
     """One image of an answer. ``size`` and ``quality`` are what the answer says of it, ``None`` where it says nothing or
     ``auto``; ``measured_size`` is ``WxH`` from the image's own header, where that was looked at."""
 
@@ -49,8 +49,7 @@ class DeliveredImage:
     measured_size: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Charge:
+class Charge(NamedTuple):
     """The price of delivered images. ``size`` and ``quality`` are those of every image, or ``mixed``."""
 
     micro_usd: int
@@ -73,11 +72,21 @@ class ModelPrices:
     qualities: tuple[str, ...]
     micro_usd: Mapping[tuple[str, str], int]
 
+    @cached_property
+    def dearest_cells(self) -> Mapping[tuple[str, str], tuple[str, str]]:
+        """The cell with the highest price among those that fit, for all that an order can ask for; ``auto`` fits everything."""
+        return {
+            (size, quality): max(
+                product(self.sizes if size == AUTO else (size,), self.qualities if quality == AUTO else (quality,)),
+                key=self.micro_usd.__getitem__,
+            )
+            for size in (AUTO, *self.sizes)
+            for quality in (AUTO, *self.qualities)
+        }
+
     def dearest(self, size: str | None, quality: str | None) -> tuple[str, str]:
         """The cell with the highest price among those that fit; ``None`` fits everything."""
-        sizes = self.sizes if size is None else (size,)
-        qualities = self.qualities if quality is None else (quality,)
-        return max(((s, q) for s in sizes for q in qualities), key=self.micro_usd.__getitem__)
+        return self.dearest_cells[AUTO if size is None else size, AUTO if quality is None else quality]
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class PriceCard:
     def hold(self, order: Order) -> int:
         """Micro-USD to hold for an order: n x the price, or n x the dearest that fits where something is ``auto``."""
         prices = self.models[order.model]
-        return order.n * prices.micro_usd[prices.dearest(_known(order.size), _known(order.quality))]
+        return order.n * prices.micro_usd[prices.dearest_cells[order.size, order.quality]]
 
     def charge(self, order: Order, images: tuple[DeliveredImage, ...]) -> Charge:
         """What the delivered images cost.
@@ -109,6 +118,9 @@ class PriceCard:
                 0, 0, order.size, order.quality, "requested" if AUTO not in (order.size, order.quality) else "reported"
             )
         prices = self.models[order.model]
+        if len(images) == 1:
+            size, quality, basis = _price(prices, order, images[0])
+            return Charge(prices.micro_usd[size, quality], 1, size, quality, basis)
         priced = [_price(prices, order, image) for image in images]
         sizes = {size for size, _, _ in priced}
         qualities = {quality for _, quality, _ in priced}
@@ -131,6 +143,8 @@ def _known(value: str) -> str | None:
 
 def _price(prices: ModelPrices, order: Order, image: DeliveredImage) -> tuple[str, str, Basis]:
     """The cell of one delivered image, and how it is known."""
+    if image.size in (None, order.size) and image.quality in (None, order.quality) and AUTO not in (order.size, order.quality):
+        return order.size, order.quality, "requested"
     reported_size = image.size if image.size in prices.sizes else None
     reported_quality = image.quality if image.quality in prices.qualities else None
     size, quality = _known(order.size), _known(order.quality)

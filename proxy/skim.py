@@ -1,7 +1,7 @@
 """Reads watched scalars out of a JSON object that comes in pieces, with their offsets, and passes over everything else.
 
-The only JSON reader on the way of requests and answers. Strings of any length go by without being kept, so memory
-stays the same whether the document holds an image of 44 MB or none.
+The JSON reader on the way of requests and answers; :mod:`proxy.whole` only says of small ones what this says, sooner.
+Strings of any length go by without being kept, so memory stays the same whether the document holds an image of 44 MB or none.
 """
 
 from __future__ import annotations
@@ -422,6 +422,8 @@ def _decode(token: bytes) -> str:
 
 def _decode_cut(token: bytes) -> str:
     """The characters of a string token that are there as a whole. The last may be half of one that UTF-16 needs two for."""
+    if b"\\" not in token:
+        return codecs.utf_8_decode(token[1:], "replace", False)[0]
     clean = _whole_characters.match(token)
     if clean is None:
         return ""

@@ -1,7 +1,7 @@
 """Watches an answer go by, and says at its end what was delivered. Nothing else reads answers, and nothing here changes,
 delays or keeps them: of an image no more than the beginning of one is held at a time.
 
-    answer -> Tap: decoding, and which of the two readers -> _Document: one JSON document
+    answer -> Tap: decoding, and which of the two readers -> _Document: one JSON document, at once or in _Pieces
                                                           -> _Events:   server-sent events, each an _Event
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from proxy.images import decode_base64, measure
+from proxy.images import measure_base64
 from proxy.prices import AUTO, DeliveredImage
 from proxy.skim import Found, Skim, SkimError, Watch
+from proxy.whole import Members, Value, may_be_whole, read_whole
 
 # Enough of an image for the size in its header. PNG and WebP need 30 bytes; a JPEG can have its profile and
 # provenance data before it.
@@ -23,6 +24,9 @@ IMAGE_PREFIX_BYTES = 65_536
 
 # Sizes, qualities and numbers of tokens are far shorter; anything longer is none of them.
 SCALAR_BYTES = 64
+
+# A character of ASCII takes six bytes at most, as an escape: so many are within SCALAR_BYTES, however they were spelled.
+_SURELY_WHOLE_CHARACTERS = (SCALAR_BYTES - len('""')) // 6
 
 # An event's type or name; the longest known has 30 bytes.
 NAME_BYTES = 128
@@ -50,6 +54,8 @@ _FIELD_BYTES = len(b"event:")
 
 _DONE = b"[DONE]"
 
+_IMAGE_NAMES = ("b64_json", "url")
+
 _COUNTS = ("input_tokens", "output_tokens", "total_tokens")
 
 # The sum over as many events as there can be lines stays inside a signed 64-bit column.
@@ -67,22 +73,19 @@ _DOCUMENT_WATCH = Watch(
         ("created",): SCALAR_BYTES,
         ("data",): SCALAR_BYTES,
         ("data", "*"): SCALAR_BYTES,
-        ("data", "*", "b64_json"): IMAGE_PREFIX_BYTES,
-        ("data", "*", "url"): IMAGE_PREFIX_BYTES,
+        **{("data", "*", name): IMAGE_PREFIX_BYTES for name in _IMAGE_NAMES},
     }
 )
 _EVENT_WATCH = Watch(
     {
         **_SHARED_WATCH,
         ("type",): NAME_BYTES,
-        ("b64_json",): IMAGE_PREFIX_BYTES,
-        ("url",): IMAGE_PREFIX_BYTES,
+        **{(name,): IMAGE_PREFIX_BYTES for name in _IMAGE_NAMES},
     }
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Tokens, where the answer gives them; summed over a stream's completed images."""
 
     input_tokens: int | None = None
@@ -90,8 +93,7 @@ class Usage:
     total_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """What an answer brought.
 
     ``images``: those that came whole, in order, at most :data:`IMAGES_MAX`; measured where the answer reports no size.
@@ -179,7 +181,7 @@ class _Reader(Protocol):
 
 
 class _Decoder(Protocol):
-    def decode(self, chunk: bytes, /) -> Iterator[bytes]:
+    def decode(self, chunk: bytes, /) -> Iterable[bytes]:
         """What the chunk decodes to, in pieces of at most :data:`STEP_BYTES`, none of them empty."""
 
     def at_end(self) -> bool:
@@ -187,8 +189,8 @@ class _Decoder(Protocol):
 
 
 class _Plain:
-    def decode(self, chunk: bytes, /) -> Iterator[bytes]:
-        yield chunk
+    def decode(self, chunk: bytes, /) -> Iterable[bytes]:
+        return (chunk,)
 
     def at_end(self) -> bool:
         return True
@@ -201,7 +203,7 @@ class _Unreadable(Exception):
 class _Sealed:
     """An encoding that nobody asked for, and that is not known here."""
 
-    def decode(self, _chunk: bytes, /) -> Iterator[bytes]:
+    def decode(self, _chunk: bytes, /) -> Iterable[bytes]:
         raise _Unreadable
 
     def at_end(self) -> bool:
@@ -287,7 +289,7 @@ def _reported(found: Found) -> str | None:
 
 def _measured(found: Found) -> str | None:
     """The size in the header of an image given as base64 or as a data URL; any other URL decodes to no image."""
-    return measure(decode_base64(found.text())) if found.kind == "string" else None
+    return measure_base64(found.text()) if found.kind == "string" else None
 
 
 def _usage(counts: dict[str, int]) -> Usage | None:
@@ -297,6 +299,83 @@ def _usage(counts: dict[str, int]) -> Usage | None:
 class _Document:
     """One JSON document. An element of ``data`` is one image, unless it is no object, or has its ``b64_json`` and ``url``
     all null or empty. It counts as soon as one of these is whole; one without either, once it is closed."""
+
+    def __init__(self) -> None:
+        self._read: Delivery | None = None  # at once, all of it
+        self._pieces: _Pieces | None = None
+
+    def feed(self, piece: bytes) -> None:
+        if self._pieces is None:
+            # Whatever follows a whole document takes nothing from what came.
+            self._read = self._read or _read_at_once(piece)
+            if self._read is not None:
+                return
+            self._pieces = _Pieces()
+        self._pieces.feed(piece)
+
+    def end(self) -> None:
+        """Changes nothing: a document says itself whether it is whole."""
+
+    def delivery(self) -> Delivery:
+        return self._read or (self._pieces or _Pieces()).delivery()
+
+
+def _read_at_once(piece: bytes) -> Delivery | None:
+    """What a document brought whose first piece is all of it; None where it isn't, or where only :class:`_Pieces` can tell."""
+    said = read_whole(piece) if may_be_whole(piece) else None
+    if said is None:
+        return None
+    size, quality, data = said.get("size"), said.get("quality"), said.get("data")
+    elements = data if isinstance(data, list) else []
+    if not (_surely_whole(size) and _surely_whole(quality)) or len(elements) > IMAGES_MAX:
+        return None
+    told_size, told_quality = _told(size), _told(quality)
+    images = [
+        DeliveredImage(told_size, told_quality, None if told_size is not None else _measured_at_once(element))
+        for element in elements
+        if isinstance(element, tuple) and _is_image(element)
+    ]
+    error = said.get("error") is not None
+    understood = error or "data" in said or "created" in said
+    return Delivery(tuple(images), True, error, understood, _usage(_counts(said.get("usage"))))
+
+
+def _surely_whole(value: Value) -> bool:
+    return not isinstance(value, str) or (len(value) <= _SURELY_WHOLE_CHARACTERS and value.isascii())
+
+
+def _told(value: Value) -> str | None:
+    return value if isinstance(value, str) and value not in ("", AUTO) else None
+
+
+def _is_image(element: Members) -> bool:
+    named = False
+    for name, value in element:
+        if name in _IMAGE_NAMES:
+            if value or not (value is None or isinstance(value, str)):
+                return True
+            named = True
+    return not named
+
+
+def _measured_at_once(element: Members) -> str | None:
+    """Only asked where the size is not told: to look into a picture takes longer than all the rest."""
+    for name, value in element:
+        if name in _IMAGE_NAMES and isinstance(value, str) and (size := measure_base64(value)) is not None:
+            return size
+    return None
+
+
+def _counts(usage: Value) -> dict[str, int]:
+    if not isinstance(usage, tuple):
+        return {}
+    return {
+        name: int(value) for name, value in usage if name in _COUNTS and isinstance(value, bytes) and _COUNT.fullmatch(value)
+    }
+
+
+class _Pieces:
+    """A document that comes in pieces, or in an unusual form."""
 
     def __init__(self) -> None:
         self._skim = Skim(_DOCUMENT_WATCH, strict=False)
@@ -313,9 +392,6 @@ class _Document:
             self._skim.feed(piece)
         finally:
             self._take_up()
-
-    def end(self) -> None:
-        """Changes nothing: a document says itself whether it is whole."""
 
     def delivery(self) -> Delivery:
         if self._element is not None and self._element.filled:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.images import decode_base64, measure
+from proxy.images import decode_base64, measure, measure_base64
 
 
 def png(width: int, height: int) -> bytes:
@@ -156,9 +156,20 @@ def test_base64_cut_anywhere_gives_the_bytes_so_far(spell: Callable[[bytes], str
     assert decode_base64(head + comma + letters[:cut]) == data[: whole_letters * 3 // 4]
 
 
-@given(st.text())
-def test_no_text_breaks_the_decoder(text: str) -> None:
+@pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS.keys())
+@pytest.mark.parametrize("image", [image for image, _ in IMAGES.values()], ids=IMAGES.keys())
+def test_an_image_in_base64_is_measured_as_its_bytes_are(image: bytes, spell: Callable[[bytes], str]) -> None:
+    text = spell(image)
+    assert measure_base64(text) == measure(image)
+    for at in range(min(len(text), 200)):
+        for changed in (text[:at], text[:at] + " \n" * 50 + text[at:], text[:at] + "=" + text[at:]):
+            assert measure_base64(changed) == measure(decode_base64(changed))
+
+
+@given(st.text(), st.sampled_from(["", "data:", "data:,data:,", *(spell(png(7, 5)) for spell in SPELLINGS.values())]))
+def test_no_text_breaks_the_decoder(text: str, head: str) -> None:
     assert len(decode_base64(text)) <= len(text)
+    assert measure_base64(head + text) == measure(decode_base64(head + text))
 
 
 def test_base64_ends_at_the_first_foreign_character() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from decimal import ROUND_HALF_UP, Decimal
+from itertools import product
 
 import pytest
 
@@ -66,6 +67,15 @@ DEAREST = {quality: max(MODEL.micro_usd[size, quality] for size in MODEL.sizes) 
 )
 def test_holds(asked: Order, micro_usd: int) -> None:
     assert CARD.hold(asked) == micro_usd
+
+
+def test_what_is_dearest_is_known_for_all_that_can_be_asked() -> None:
+    for size, quality in product((None, *MODEL.sizes), (None, *MODEL.qualities)):
+        fitting = [cell for cell in MODEL.micro_usd if size in (None, cell[0]) and quality in (None, cell[1])]
+        found = MODEL.dearest(size, quality)
+        assert found in fitting
+        assert MODEL.micro_usd[found] == max(MODEL.micro_usd[cell] for cell in fitting)
+    assert len(MODEL.dearest_cells) == 28 * 4
 
 
 SQUARE_HIGH, SQUARE_LOW, SMALL_HIGH = 210_700, 5_900, 144_500
@@ -133,6 +143,26 @@ def test_charges(
     charge = CARD.charge(asked, tuple(delivered))
     assert (charge.micro_usd, charge.images, charge.quality, charge.basis) == (micro_usd, len(delivered), quality, basis)
     assert size is None or charge.size == size
+
+
+SIZES, QUALITIES = ("1024x1024", "1024x768", "3840x2160"), ("low", "high")
+ASKED = [order(size, quality) for size, quality in product(("auto", *SIZES), ("auto", *QUALITIES))]
+TOLD = list(
+    map(DeliveredImage, *zip(*product((None, *SIZES, "1x1"), (None, *QUALITIES, "ultra"), (None, SIZES[1])), strict=True))
+)
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+def test_an_image_costs_what_was_asked_for_or_what_is_told_where_that_is_dearer(asked: Order) -> None:
+    for image in TOLD:
+        charge = CARD.charge(asked, (image,))
+        assert charge.micro_usd == MODEL.micro_usd[charge.size, charge.quality]
+        assert CARD.charge(asked, (image, image)) == charge._replace(micro_usd=2 * charge.micro_usd, images=2)
+        if "auto" not in (asked.size, asked.quality):
+            size = image.size if image.size in MODEL.sizes else asked.size
+            quality = image.quality if image.quality in MODEL.qualities else asked.quality
+            assert charge.micro_usd == max(CARD.hold(asked), MODEL.micro_usd[size, quality])
+            assert charge.basis == ("requested" if charge.micro_usd == CARD.hold(asked) else "reported")
 
 
 @pytest.mark.parametrize(

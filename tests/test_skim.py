@@ -436,6 +436,17 @@ JSON = st.recursive(
 CUTS = st.lists(st.integers(1, 40), min_size=1, max_size=20)
 
 
+@given(st.text(), st.integers(1, 40))
+def test_a_cut_string_is_decoded_the_same_with_an_escape_in_it(text: str, keep: int) -> None:
+    token = json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")
+    told = []
+    for head, room in ((b'"x', keep + 1), (b'"\\u0078', keep + 6)):
+        skim = Skim({("a",): room}, strict=False)
+        skim.feed(b'{"a":' + head + token[1:] + b"}")
+        told.append(skim.found[0].text())
+    assert told[0] == told[1]
+
+
 def feed(document: bytes, cuts: list[int], *, strict: bool = True) -> list[Found] | None:
     """What is found when the document comes in pieces of these lengths, over and over; None if it is refused."""
     reader = Skim(WATCH, strict=strict)
