@@ -50,9 +50,9 @@ def write(database: Database, team: Team, charges: int, batch: int, now: datetim
                 Reservation(charge_id, request_id, team.id, team.key_id, ORDER, PRICE_MICRO_USD, "bench", IMAGE_SECONDS)
             )
         bookings = [Booking(job.charge_id, team.id, BOOKED, 200, None, f"req_{os.urandom(16).hex()}", 60, 196) for job in jobs]
-        with database.writing() as connection:
+        with database.posting() as connection:
             post(connection, jobs, [], now)
-        with database.writing() as connection:
+        with database.posting() as connection:
             post(connection, [], bookings, now)
     return now
 

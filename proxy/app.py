@@ -48,6 +48,11 @@ PRICED: dict[bytes, Operation] = {b"/v1/images/generations": "generation", b"/v1
 # Who asks whether to send requests here is told before the connections end.
 READY = b"/readyz"
 
+# Whoever else asks may have an answer whose booking is under way: it is waited for, so that what is shown has it, and no
+# longer than a transaction takes.
+UNWAITED = frozenset({READY, b"/livez"})
+BOOKED_SECONDS = 0.5
+
 # How long the last bookings may take when the process ends.
 CLOSE_SECONDS = 10
 
@@ -110,7 +115,7 @@ class _Shift:
         """Close once the last request is over. None may begin any more."""
         if self._requests:
             await self._quiet.wait()
-        await self._upstream.close()
+        self._upstream.close()
 
     async def close(self) -> None:
         """End what is still open: what is known of it is booked."""
@@ -118,7 +123,7 @@ class _Shift:
             await asyncio.wait_for(self._gateway.close(), CLOSE_SECONDS)
         except TimeoutError:
             log.critical("exchanges_not_booked", reason="the ledger did not take them in time; they come up for review")
-        await self._upstream.close()
+        self._upstream.close()
 
 
 class Application:
@@ -141,6 +146,8 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         operation = PRICED.get(scope["raw_path"])
         if operation is None:
+            if scope["raw_path"] not in UNWAITED:
+                await self._teller.settled(BOOKED_SECONDS)
             leaving = self._leaving and scope["raw_path"] == READY
             await (PlainTextResponse("the gateway is ending\n", 503) if leaving else self._shift.rest)(scope, receive, send)
         elif scope["method"] != "POST":

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 
@@ -46,7 +46,7 @@ from proxy.upstream import Answer, BrokeOff, Unreachable, Upstream
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-PATHS = {"generation": "/images/generations", "edit": "/images/edits"}
+PATHS = {"generation": b"/images/generations", "edit": b"/images/edits"}
 
 # A reader that takes nothing for so long is let go, so that the upstream, which has an end to come to, is not kept
 # waiting until it breaks off itself.
@@ -59,8 +59,8 @@ READER_SHARE = 0.75
 # A ledger that has not held the amount by then is away, whatever it does later.
 HELD_SECONDS_MAX = 5
 
-# The answer's end waits this long for the books, so that whoever has an answer finds it in them. Beyond that the outcome
-# is made safe in the journal, and the client is not kept waiting for a database that is away.
+# An end that gives room back waits this long for the books, so that whoever has the answer finds the room there. Beyond that
+# the outcome is made safe in the journal, and the client is not kept waiting for a database that is away.
 BOOKED_FIRST_SECONDS = 0.5
 
 log = structlog.get_logger(__name__)
@@ -76,6 +76,9 @@ class Link(Protocol):
     def hang_up(self) -> None:
         """End the connection so that the client sees a broken transfer; what was sent already still reaches it."""
 
+    def answer(self, status: int, head: headers.Headers, body: bytes) -> bool:
+        """Send a whole answer now, without waiting for anything; False, and nothing sent, where that can't be done."""
+
 
 @dataclass(frozen=True, slots=True)
 class Desk:
@@ -90,8 +93,7 @@ class Desk:
     timeout_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A request that was read whole, checked and priced."""
 
     request_id: str
@@ -118,12 +120,14 @@ class Request:
 class Client:
     """The client's side of an exchange. Writing to one that has left does nothing."""
 
+    __slots__ = ("_broken", "_head", "_link", "_send", "_writing_since", "started")
+
     def __init__(self, send: Send, link: Link | None) -> None:
         self._send = send
         self._link = link
         self._writing_since: float | None = None
         self._broken = False
-        self._head: dict[str, Any] | None = None
+        self._head: tuple[int, headers.Headers] | None = None
         self.started = False
 
     @property
@@ -134,19 +138,22 @@ class Client:
     def start(self, status: int, head: headers.Headers) -> None:
         """Begin the answer. Its head goes out with what follows, or with :meth:`flush`."""
         self.started = True
-        self._head = {"type": "http.response.start", "status": status, "headers": head}
+        self._head = status, head
 
     async def flush(self) -> None:
         """Let the client have the head now: what follows may take its time."""
         head, self._head = self._head, None
         if head is not None:
-            await self._timed(head)
+            await self._timed({"type": "http.response.start", "status": head[0], "headers": head[1]})
 
     async def write(self, piece: bytes) -> None:
         await self.flush()
         await self._timed({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def finish(self, piece: bytes = b"") -> None:
+        if self._head is not None and self._link is not None and self._link.answer(*self._head, piece):
+            self._head = None
+            return
         await self.flush()
         await self._timed({"type": "http.response.body", "body": piece, "more_body": False})
 
@@ -194,6 +201,8 @@ class _Seen:
     """What has been seen of the upstream's answer so far."""
 
     answer: Answer | None = None
+    # The answer's end-to-end headers.
+    head: headers.Headers = ()
     tap: Tap | None = None
     reached: bool = True
     # The body was read to its end. Where that is the end of the connection, a cut looks like an end.
@@ -209,17 +218,27 @@ class _Seen:
 class Exchange:
     """One priced request on its way. Make it, and :meth:`run` it in a task that nobody cancels but the end of the process."""
 
+    __slots__ = (
+        *("_client", "_conversing", "_desk", "_expired", "_let_go", "_loop", "_request", "_seen", "_sent_at", "_task"),
+        "_watch",
+    )
+
     def __init__(self, desk: Desk, request: Request, client: Client) -> None:
         self._desk = desk
         self._request = request
         self._client = client
         self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[Any] | None = None
         self._seen = _Seen()
         self._watch: asyncio.TimerHandle | None = None
         self._sent_at = 0.0
+        self._conversing = False
+        self._expired = False
+        self._let_go = False
 
     async def run(self) -> None:
         """Hold, send, relay, book. Returns when the charge is in the books, or with a refusal when nothing was held."""
+        self._task = asyncio.current_task()
         try:
             if self._client.gone:
                 self._desk.metrics.refused(self._request.holder.team, "client_gone")
@@ -248,18 +267,16 @@ class Exchange:
             repeat=request.repeat,
         )
         answer = self._desk.teller.reserve(job)
+        patience = self._loop.call_later(HELD_SECONDS_MAX, self._desk.teller.expire, answer)
         try:
-            if await self._done_within(answer, HELD_SECONDS_MAX):
-                return answer.result()
+            return await answer
         except LedgerDown:
             return LedgerUnavailable()
         except asyncio.CancelledError:
             self._desk.teller.withdraw(job, answer)
             raise
-        else:
-            self._desk.teller.withdraw(job, answer)
-            return LedgerUnavailable()
         finally:
+            patience.cancel()
             self._desk.metrics.overhead.labels("reserve").observe(time.perf_counter() - started)
 
     async def _carry_out(self, admitted: Admitted) -> None:
@@ -285,20 +302,23 @@ class Exchange:
             log.exception("answer_not_read", request_id=self._request.request_id)
             outcome, delivery = unanswered(self._request.reading.dearest, self._request.hold_micro_usd), Delivery()
         booking = self._booking(outcome, delivery)
-        booked = self._desk.teller.book(booking)
         try:
-            self._count(booking)
-        except Exception:  # Such as a full disk under the metrics of several workers: the client still gets its end.
-            log.exception("exchange_not_counted", request_id=self._request.request_id)
-        if not await self._done_within(booked, BOOKED_FIRST_SECONDS):
-            await self._desk.teller.secure(booking)
-        try:
-            await self._end(outcome, delivery)
+            if self._leave(booking):
+                try:
+                    await self._end(outcome, delivery)
+                finally:
+                    self._tell(booking)
+            else:
+                booked = self._desk.teller.book(booking)
+                self._tell(booking)
+                if not await self._done_within(booked, BOOKED_FIRST_SECONDS):
+                    await self._desk.teller.secure(booking)
+                await self._end(outcome, delivery)
+                await booked
         finally:
             if self._watch is not None:
                 self._watch.cancel()
             inflight.dec()
-        await booked
         if cancelled is not None:
             raise cancelled
 
@@ -322,41 +342,49 @@ class Exchange:
     async def _converse(self, admitted: Admitted) -> None:
         """Send the request and relay the answer, within the deadline of the whole exchange."""
         self._sent_at = time.monotonic()
-        self._watch_reader()
+        self._conversing = True
+        self._watch = self._loop.call_later(self._patience / 2, self._look)
         try:
-            async with asyncio.timeout(self._desk.timeout_seconds):
-                self._seen.answer = await self._post()
-                try:
-                    await self._relay(self._seen.answer, admitted)
-                finally:
-                    await self._seen.answer.close()
+            self._seen.answer = answer = await self._post()
+            try:
+                await self._relay(answer, admitted)
+            finally:
+                answer.close()
         except Unreachable:
             self._seen.reached = False
-        except (BrokeOff, TimeoutError) as error:
-            log.warning("upstream_broke_off", request_id=self._request.request_id, cause=str(error) or type(error).__name__)
+        except BrokeOff as error:
+            log.warning("upstream_broke_off", request_id=self._request.request_id, cause=str(error))
+        except asyncio.CancelledError:
+            # The watch's, at the deadline; unless the process ends as well.
+            assert self._task is not None
+            if not self._expired or self._task.uncancel():
+                raise
+            log.warning("upstream_broke_off", request_id=self._request.request_id, cause="TimeoutError")
+        finally:
+            self._conversing = False
 
     async def _post(self) -> Answer:
         request, upstream = self._request, self._desk.upstream
+        operation, splice = request.order.operation, request.reading.splice
         head = headers.to_upstream(
             request.headers,
             host=upstream.host,
             key=self._desk.upstream_key,
-            body_bytes=spliced_size(request.body.size, request.reading.splice),
+            body_bytes=spliced_size(request.body.size, splice),
             request_id=request.request_id,
         )
-        path = PATHS[request.order.operation]
-        answer = await upstream.post(path, request.query, head, lambda: request.body.read(request.reading.splice))
+        answer = await upstream.post(PATHS[operation], request.query, head, request.body.content(splice))
         # Whatever of the body is on disk has been sent, and an answer can take minutes.
         request.body.close()
-        self._desk.metrics.upstream_responses.labels(request.order.operation, f"{answer.status // 100}xx").inc()
+        self._desk.metrics.upstream_responses.labels(operation, f"{answer.status // 100}xx").inc()
         if answer.status == 429:
-            self._desk.metrics.upstream_rate_limited.labels(request.order.operation).inc()
+            self._desk.metrics.upstream_rate_limited.labels(operation).inc()
         return answer
 
     async def _relay(self, answer: Answer, admitted: Admitted) -> None:
         """Pass the answer on, piece by piece as it comes. The last piece, where it is known to be the last, is kept for
         :meth:`_end`."""
-        head = headers.to_client(answer.headers)
+        head = self._seen.head = headers.to_client(answer.headers)
         tap = self._seen.tap = open_tap(headers.value(head, b"content-type"), headers.value(head, b"content-encoding"))
         # The body of a 401 can echo the organisation's key, and its status says all that the books need.
         if answer.status == 401:
@@ -366,7 +394,7 @@ class Exchange:
             await self._client.flush()
         operation = self._request.order.operation
         relayed, left = 0, answer.length
-        async for piece in answer.pieces():
+        while (piece := await answer.piece()) is not None:
             tap.feed(piece)
             if not relayed:
                 self._desk.metrics.first_byte.labels(operation).observe(time.monotonic() - self._sent_at)
@@ -398,8 +426,7 @@ class Exchange:
         return answered(self._desk.card, order, hold, seen.answer.status, delivery), delivery
 
     def _booking(self, outcome: Outcome, delivery: Delivery) -> Booking:
-        answer = self._seen.answer
-        head = [] if answer is None else headers.to_client(answer.headers)
+        answer, head = self._seen.answer, self._seen.head
         return Booking(
             charge_id=self._request.charge_id,
             team_id=self._request.holder.team_id,
@@ -410,6 +437,15 @@ class Exchange:
             input_tokens=delivery.usage.input_tokens if delivery.usage else None,
             output_tokens=delivery.usage.output_tokens if delivery.usage else None,
         )
+
+    def _leave(self, booking: Booking) -> bool:
+        """Leave the booking of an answer to the teller, so that its end need not wait: where nobody can tell the difference by
+        what is refused, since what is booked is what was held and no budget has more room afterwards, nor by a kill, since the
+        outcome is noted first. Whether it is left."""
+        outcome = booking.outcome
+        if outcome.settled_micro_usd + outcome.reserved_micro_usd < self._request.hold_micro_usd:
+            return False
+        return self._seen.ended_properly and self._desk.teller.leave(booking)
 
     async def _end(self, outcome: Outcome, delivery: Delivery) -> None:
         """Let the client have the end that the upstream's answer had: a whole one, a broken one, or a refusal of ours."""
@@ -437,6 +473,13 @@ class Exchange:
             return UpstreamUnreachable()
         answer = self._seen.answer
         return UpstreamCredentials() if answer is not None and answer.status == 401 else UpstreamFailed()
+
+    def _tell(self, booking: Booking) -> None:
+        """Count an exchange that has ended, and log it."""
+        try:
+            self._count(booking)
+        except Exception:  # Such as a full disk under the metrics of several workers: the client still gets its end.
+            log.exception("exchange_not_counted", request_id=self._request.request_id)
 
     def _count(self, booking: Booking) -> None:
         """Metrics, and the one log line of an exchange."""
@@ -487,17 +530,28 @@ class Exchange:
         request = self._request
         request.span.refused(code, status=status, team=request.holder.team, order=request.order)
 
-    def _watch_reader(self) -> None:
-        """Let a reader go that takes nothing any more, or too slowly for what is left of the time; looks twice within the
-        time that it is given."""
-        patience = min(STALLED_SECONDS, self._desk.timeout_seconds / 4)
-        late = time.monotonic() - self._sent_at > READER_SHARE * self._desk.timeout_seconds
-        waited = self._client.stalled_for()
-        if waited > patience or (late and waited > 0):
-            log.warning("reader_stalled", request_id=self._request.request_id)
-            self._client.hang_up()
-            return
-        self._watch = self._loop.call_later(patience / 2, self._watch_reader)
+    def _look(self) -> None:
+        """Look after time: end the conversation at its deadline, and let a reader go that takes nothing any more, or too slowly
+        for what is left of it. Looks twice within the time that a reader is given."""
+        left = self._sent_at + self._desk.timeout_seconds - time.monotonic()
+        if left <= 0 and self._conversing and not self._expired:
+            self._expired = True
+            assert self._task is not None
+            self._task.cancel()
+        if not self._let_go:
+            late = left < (1 - READER_SHARE) * self._desk.timeout_seconds
+            waited = self._client.stalled_for()
+            if waited > self._patience or (late and waited > 0):
+                log.warning("reader_stalled", request_id=self._request.request_id)
+                self._client.hang_up()
+                self._let_go = True
+        again = self._patience / 2
+        self._watch = self._loop.call_later(min(again, left) if left > 0 else again, self._look)
+
+    @property
+    def _patience(self) -> float:
+        """How many seconds a reader may take nothing: so few that there is time to look more than once."""
+        return min(STALLED_SECONDS, self._desk.timeout_seconds / 4)
 
 
 def _stated_cost(value: bytes | None) -> int | None:

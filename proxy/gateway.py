@@ -51,7 +51,7 @@ class Gateway:
         self._aliases = aliases
         self._max_body_bytes = max_body_bytes
         self._spool_directory = spool_directory
-        self._exchanges: set[asyncio.Task[None]] = set()
+        self._exchanges: set[asyncio.Task[Any]] = set()
 
     async def handle(self, operation: Operation, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one ``POST`` of a priced path, as an ASGI application does."""
@@ -91,7 +91,7 @@ class Gateway:
             body.close()
             span.close()
             raise
-        await self._start(Exchange(self._desk, request, client))
+        await self._carry_out(Exchange(self._desk, request, client))
 
     async def close(self) -> None:
         """Bring every exchange that still goes on to its end now: what is known of it is booked."""
@@ -99,12 +99,16 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._exchanges, return_exceptions=True)
 
-    async def _start(self, exchange: Exchange) -> None:
-        task = asyncio.create_task(exchange.run())
+    async def _carry_out(self, exchange: Exchange) -> None:
+        # In the task of the request, which the server leaves alone whether or not its client stays: only the end of the
+        # process cancels it, above.
+        task = asyncio.current_task()
+        assert task is not None
         self._exchanges.add(task)
-        task.add_done_callback(self._exchanges.discard)
-        # Shielded: whoever cancels the request, the exchange goes on.
-        await asyncio.shield(task)
+        try:
+            await exchange.run()
+        finally:
+            self._exchanges.discard(task)
 
     async def _read(
         self, operation: Operation, request_headers: headers.Headers, receive: Receive, body: Spool, repeat: _Repeat
@@ -122,22 +126,26 @@ class Gateway:
             raise RequestTooLarge(self._max_body_bytes)
         spent = 0.0
         more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise IncompleteBody
-            piece, more = message.get("body", b""), message.get("more_body", False)
-            if body.size + len(piece) > self._max_body_bytes:
-                raise RequestTooLarge(self._max_body_bytes)
-            if piece:
-                began = time.perf_counter()
-                reader.feed(piece)
-                repeat.feed(piece)
-                await _kept(body.append(piece))
-                spent += time.perf_counter() - began
-        began = time.perf_counter()
-        # A disk that is full is told now, while nothing is held yet.
-        await _kept(body.seal())
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise IncompleteBody
+                piece, more = message.get("body", b""), message.get("more_body", False)
+                if body.size + len(piece) > self._max_body_bytes:
+                    raise RequestTooLarge(self._max_body_bytes)
+                if piece:
+                    began = time.perf_counter()
+                    reader.feed(piece)
+                    repeat.feed(piece)
+                    await body.append(piece)
+                    spent += time.perf_counter() - began
+            began = time.perf_counter()
+            # A disk that is full is told now, while nothing is held yet.
+            await body.seal()
+        except SpoolFull as error:
+            log.error("spool_full", cause=type(error.__cause__).__name__)
+            raise StorageUnavailable from error
         reading = reader.finish()
         self._desk.metrics.overhead.labels("read").observe(spent + time.perf_counter() - began)
         return reading
@@ -149,12 +157,16 @@ class Gateway:
 class _Repeat:
     """What a request with an ``Idempotency-Key`` is recognised by, gathered while its body is read."""
 
+    __slots__ = ("_body", "_key")
+
     def __init__(self, operation: Operation, request_headers: headers.Headers) -> None:
         keys = headers.values(request_headers, b"idempotency-key")
-        if keys and (len(keys) > 1 or not re.fullmatch(rb"[ -~]{1,255}", keys[0])):
-            raise InvalidValue("Send one Idempotency-Key of 1 to 255 printable ASCII characters.", "Idempotency-Key")
-        self._key = hashlib.sha256(keys[0]).digest() if keys else None
-        self._body = hashlib.sha256(operation.encode("ascii") + b"\0")
+        self._key: bytes | None = None
+        if keys:
+            if len(keys) > 1 or not re.fullmatch(rb"[ -~]{1,255}", keys[0]):
+                raise InvalidValue("Send one Idempotency-Key of 1 to 255 printable ASCII characters.", "Idempotency-Key")
+            self._key = hashlib.sha256(keys[0]).digest()
+            self._body = hashlib.sha256(operation.encode("ascii") + b"\0")
 
     def feed(self, piece: bytes) -> None:
         if self._key is not None:
@@ -163,11 +175,3 @@ class _Repeat:
     def digests(self) -> Repeatable | None:
         """The digests of a request whose whole body was fed; ``None`` for one that sent no key."""
         return None if self._key is None else Repeatable(self._key, self._body.digest())
-
-
-async def _kept(writing: Awaitable[None]) -> None:
-    try:
-        await writing
-    except SpoolFull as error:
-        log.error("spool_full", cause=type(error.__cause__).__name__)
-        raise StorageUnavailable from error

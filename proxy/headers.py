@@ -35,6 +35,12 @@ _NOT_UPSTREAM = frozenset(
     }
 )
 
+# What nearly every message says of its connection, and that names no header.
+_USUAL_OPTIONS = ([b"keep-alive"], [b"close"])
+_NOTHING: frozenset[bytes] = frozenset()
+
+_NOT_SENT = _HOP_BY_HOP | _NOT_UPSTREAM
+
 # An answer's own names that only the gateway may say.
 _OURS = b"x-beanmeter-"
 
@@ -46,17 +52,16 @@ def values(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
 
 def value(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
     """The first value of a header, ``None`` where there is none."""
-    return next((value for key, value in headers if key == name), None)
+    for key, found in headers:
+        if key == name:
+            return found
+    return None
 
 
 def to_upstream(headers: Headers, *, host: bytes, key: str, body_bytes: int, request_id: str) -> list[tuple[bytes, bytes]]:
     """The caller's end-to-end headers with the organisation's credentials, for a body of ``body_bytes``."""
-    named = _named_by_connection(headers)
-    kept = [
-        (name, value)
-        for name, value in headers
-        if name not in _HOP_BY_HOP and name not in _NOT_UPSTREAM and name not in named and not name.startswith(_OURS)
-    ]
+    dropped = _NOT_SENT | _named_by_connection(headers)
+    kept = [field for field in headers if field[0] not in dropped and not field[0].startswith(_OURS)]
     return [
         (b"host", host),
         (b"authorization", b"Bearer " + key.encode("ascii")),
@@ -70,12 +75,9 @@ def to_upstream(headers: Headers, *, host: bytes, key: str, body_bytes: int, req
 
 def to_client(headers: Headers) -> list[tuple[bytes, bytes]]:
     """The upstream's end-to-end headers, duplicates and order kept. ``content-length`` is one of them."""
-    named = _named_by_connection(headers)
-    return [
-        (name, value)
-        for name, value in ((name.lower(), value) for name, value in headers)
-        if name not in _HOP_BY_HOP and name not in named and not name.startswith(_OURS)
-    ]
+    lowered = [(name.lower(), value) for name, value in headers]
+    dropped = _HOP_BY_HOP | _named_by_connection(lowered)
+    return [field for field in lowered if field[0] not in dropped and not field[0].startswith(_OURS)]
 
 
 def bearer(headers: Headers) -> str | None:
@@ -93,9 +95,10 @@ def bearer(headers: Headers) -> str | None:
 
 
 def _named_by_connection(headers: Headers) -> frozenset[bytes]:
-    options = [value for name, value in headers if name.lower() == b"connection"]
-    if not options:
-        return frozenset()
+    """What a message says to be of its connection alone; its names are in lower case."""
+    options = [value for name, value in headers if name == b"connection"]
+    if not options or options in _USUAL_OPTIONS:
+        return _NOTHING
     named = {option.strip().lower() for value in options for option in value.split(b",")}
     # A sender can't declare away what frames the message.
     return frozenset(named - {b"content-length", b"content-type", b"close", b""})

@@ -35,14 +35,17 @@ class Keyring:
         """The holder of the request's key. Raises :class:`InvalidApiKey`, or :class:`LedgerUnavailable` where the ledger
         has to be asked and can't be."""
         key = headers.bearer(request_headers)
-        if key is None or not tokens.is_well_formed(key):
+        if key is None:
             raise InvalidApiKey
         digest = tokens.digest(key)
         known = self._known.get(digest)
+        holder: KeyHolder | None
         if known is not None and known[0] > time.monotonic():
-            holder: KeyHolder | None = known[1]
-        else:
+            holder = known[1]
+        elif tokens.is_well_formed(key):
             holder = await self._ask(digest)
+        else:
+            raise InvalidApiKey
         if holder is None or not holder.valid(self._clock()):
             raise InvalidApiKey
         return holder

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import TextIO
 
 import structlog
@@ -30,8 +31,6 @@ _SECRET = re.compile(
     r"|(?<=://)[^\s/@?#]*:[^\s/@]*(?=@)"  # user and password of a database URL
 )
 
-# Nothing of the two kinds is in a text without one of these.
-_SUSPICIOUS = re.compile(r"sk-|(?i:bearer)|[?@]")
 
 # Follows what can end a path; a placeholder in an SQL statement doesn't.
 _QUERY = re.compile(r"(?<=[\w/.~%-])\?[^\s\"'<>]+")
@@ -47,7 +46,7 @@ def configure(stream: TextIO) -> None:
     _destination.stream = stream
     structlog.configure(
         processors=_PROCESSORS,
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=_Events,
         logger_factory=structlog.WriteLoggerFactory(file=_destination),  # type: ignore[arg-type]  # it writes, no more
         cache_logger_on_first_use=True,
     )
@@ -61,11 +60,28 @@ def configure(stream: TextIO) -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
 
 
+class _Events(structlog.make_filtering_bound_logger(logging.INFO)):  # type: ignore[misc]  # a class made at run time
+    """What a module logs with."""
+
+    def info(self, event: str, /, *args: object, **fields: object) -> None:
+        """A line in the ordinary course, of which each exchange has one: rendered at once, without the way through the
+        processors, which takes as long as all the rest of it."""
+        if args or "exc_info" in fields or self._context:
+            super().info(event, *args, **fields)
+        else:
+            _destination.write(_line({"timestamp": _now(), "level": "info", "event": event, **fields}) + "\n")
+            _destination.flush()
+
+
+def _now() -> str:
+    # As the processors' TimeStamper spells it.
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
 class _Destination:
     """Where lines go. Loggers keep it for as long as they live, so that the stream behind it can change.
 
     Lines of one turn of the event loop go out together, for each write is a call into the kernel that every client waits for.
-    They are out before anything that the same turn sends to a client.
     """
 
     def __init__(self) -> None:
@@ -114,17 +130,27 @@ _encode = json.JSONEncoder().encode
 
 
 def _render(_: WrappedLogger, __: str, event: EventDict) -> str:
-    """The event as JSON in reading order, without secrets and query strings."""
+    """The event as JSON in reading order."""
     head = {name: event.pop(name) for name in ("timestamp", "level", "event") if name in event}
-    ordered = {**head, **event}
+    return _line({**head, **event})
+
+
+def _line(event: Mapping[str, object]) -> str:
+    """The event as JSON, without secrets and query strings."""
     try:
-        line = _encode(ordered)
+        line = _encode(event)
     except (TypeError, ValueError):
         line = ""
     # Most lines have nothing in them to be taken out, and looking at one line is cheaper than at twenty values.
-    if not line or len(line) > _MAX_LINE or _SUSPICIOUS.search(line):
-        line = _encode({name: _cleaned(value, _MAX_DEPTH) for name, value in ordered.items()})
+    if not line or len(line) > _MAX_LINE or _suspicious(line):
+        line = _encode({name: _cleaned(value, _MAX_DEPTH) for name, value in event.items()})
     return line
+
+
+def _suspicious(line: str) -> bool:
+    """Whether anything of the two kinds can be in it."""
+    # Four plain searches take a tenth of the time of one pattern.
+    return "?" in line or "@" in line or "sk-" in line or "bearer" in line.lower()
 
 
 def _cleaned(value: object, depth: int) -> object:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
+from urllib.parse import unquote
 
 import httptools
 import structlog
@@ -22,7 +23,7 @@ from uvicorn.server import ServerState
 
 from proxy.errors import SOURCE_HEADER, HeadTooLarge, Refusal, RequestTimeout, Unreadable, UrlTooLong
 from proxy.gateway import LINK
-from proxy.headers import values
+from proxy.headers import Headers, value
 
 # A client's library sends a kilobyte or two; eight times that is nobody's mistake.
 HEAD_BYTES_MAX = 32_768
@@ -60,8 +61,14 @@ CLOSE_SECONDS = 2
 # Clients that may wait to be accepted while all workers are busy.
 BACKLOG = 2048
 
+# What no line of a head may hold, beside the two characters that end it.
+_BROKEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
+
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _HOST = re.compile(rb"[0-9A-Za-z.\-_:\[\]%]{1,255}")
+_LENGTH = re.compile(rb"[0-9]{1,15}")
+
+_ASGI = {"version": "3.0", "spec_version": "2.3"}
 
 
 log = structlog.get_logger(__name__)
@@ -105,6 +112,14 @@ class _Corked:
         if self._bytes > CORKED_BYTES_MAX:
             self.flush()
 
+    def write_now(self, data: bytes) -> None:
+        """Write what ends an answer, behind whatever waits: nothing more comes in this turn."""
+        if self._pieces:
+            self.write(data)
+            self.flush()
+        elif not self._transport.is_closing():
+            self._transport.write(data)
+
     def flush(self) -> None:
         pieces, self._pieces, self._bytes = self._pieces, [], 0
         if not pieces or self._transport.is_closing():
@@ -135,6 +150,26 @@ class ClientLink:
     @property
     def gone(self) -> bool:
         return self._cycle.disconnected
+
+    def answer(self, status: int, head: Headers, body: bytes) -> bool:
+        """Send a whole answer in one write, as the cycle would in three steps; False where it needs those."""
+        cycle = self._cycle
+        if cycle.disconnected or cycle.response_started or cycle.flow.write_paused or len(body) > CORKED_BYTES_MAX:
+            return False
+        if value(head, b"content-length") != b"%d" % len(body) or value(head, b"connection") is not None:
+            return False
+        lines = b"".join([b"%b: %b\r\n" % field for field in head])
+        if _BROKEN.search(lines) or lines.count(b"\n") != len(head):
+            return False
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        cycle.message_event.set()
+        ending = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
+        self._connection.corked.write_now(STATUS_LINE[status] + lines + ending + body)
+        if not cycle.keep_alive:
+            self._connection.transport.close()
+        cycle.on_response()
+        return True
 
     def hang_up(self) -> None:
         # To the server, the client has left: what is still sent to it goes nowhere.
@@ -172,7 +207,8 @@ class Connection(HttpToolsProtocol):
         return None if cycle is None or cycle.response_complete else cycle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast("asyncio.Transport", _Corked(transport, self.loop)))
+        self.corked = _Corked(transport, self.loop)
+        super().connection_made(cast("asyncio.Transport", self.corked))
         transport.set_write_buffer_limits(high=WAITING_BYTES_MAX)
         self._allow(self._patience.head_seconds)
         self._watch()
@@ -216,7 +252,9 @@ class Connection(HttpToolsProtocol):
         self.end()
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._in_head = True
         if self.cycle is not None:
             # The first head's time began with the connection.
@@ -226,22 +264,62 @@ class Connection(HttpToolsProtocol):
         # After the head come trailers, and nothing in them may pass for a header.
         if self._in_head:
             # The blanks behind a value are no part of it, and the way upstream takes none.
-            super().on_header(name, value.rstrip(b" \t"))
+            self.headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         self._untold_bytes = 0
         self._in_head = False
-        if self.parser.get_http_version() not in ("1.1", "1.0") or self.parser.get_method() == b"CONNECT":
+        version = self.parser.get_http_version()
+        method = self.parser.get_method()
+        if version not in ("1.1", "1.0") or method == b"CONNECT":
             raise Unreadable("HTTP/1.1 is spoken here, and there is no tunnel.")
         check_head(self.url, self.headers)
         if self.parser.should_upgrade():
             return
         self._expect_body()
-        super().on_headers_complete()
-        if self._last:
-            self.cycle.keep_alive = False
-        extensions: dict[str, Any] = {LINK: ClientLink(self, self.cycle)}
-        self.scope["extensions"] = extensions
+        before = self._unanswered
+        self.cycle = cycle = self._cycle(method.decode("ascii"), version)
+        if before is None:
+            self._start_asgi_task(cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, self.app))
+
+    def _cycle(self, method: str, version: str) -> RequestResponseCycle:
+        """The request whose head is complete, as an application is told of it."""
+        path, _, query = self.url.partition(b"?")
+        extensions: dict[str, Any] = {}
+        scope: Any = {
+            "type": "http",
+            "asgi": _ASGI,
+            "http_version": version,
+            "method": method,
+            "scheme": self.scheme,
+            "server": self.server,
+            "client": self.client,
+            "root_path": "",
+            "path": unquote(path.decode("ascii")),
+            "raw_path": path,
+            "query_string": query,
+            "headers": self.headers,
+            "state": {},
+            "extensions": extensions,
+        }
+        cycle = RequestResponseCycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=(value(self.headers, b"expect") or b"").lower() == b"100-continue",
+            keep_alive=not self._last and version == "1.1" and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        extensions[LINK] = ClientLink(self, cycle)
+        return cycle
 
     def on_body(self, body: bytes) -> None:
         self._untold_bytes = 0
@@ -255,13 +333,14 @@ class Connection(HttpToolsProtocol):
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
         if self.pipeline:
             self._expect_body()
+            self._start_asgi_task(*self.pipeline.pop())
         else:
             self._allow(self._patience.head_seconds if self._in_head else self._patience.idle_seconds)
-        super().on_response_complete()
-        # The one timer of a connection watches over idling too.
-        self._unset_keepalive_if_required()
 
     def shutdown(self) -> None:
         """Answer what is being asked, or what comes next, and nothing after that."""
@@ -337,14 +416,23 @@ def check_head(url: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         raise UrlTooLong(URL_BYTES_MAX)
     if not url.startswith(b"/") or b"#" in url:
         raise Unreadable("A path follows the method, and no fragment follows the path.")
-    if len(headers) > HEADERS_MAX or sum(len(name) + len(value) for name, value in headers) > HEAD_BYTES_MAX:
+    hosts, lengths, codings = [], [], []
+    size = 0
+    for name, content in headers:
+        size += len(name) + len(content)
+        if name == b"host":
+            hosts.append(content)
+        elif name == b"content-length":
+            lengths.append(content)
+        elif name == b"transfer-encoding":
+            codings.append(content)
+        if _CONTROL.search(content):
+            raise Unreadable("Headers hold no control characters.")
+    if len(headers) > HEADERS_MAX or size > HEAD_BYTES_MAX:
         raise HeadTooLarge(HEAD_BYTES_MAX, HEADERS_MAX)
-    if any(_CONTROL.search(value) for _, value in headers):
-        raise Unreadable("Headers hold no control characters.")
-    hosts, lengths, codings = (values(headers, name) for name in (b"host", b"content-length", b"transfer-encoding"))
     if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
         raise Unreadable("A request has exactly one Host.")
-    if len(lengths) > 1 or (lengths and codings) or not all(re.fullmatch(rb"[0-9]{1,15}", length) for length in lengths):
+    if len(lengths) > 1 or (lengths and codings) or not all(map(_LENGTH.fullmatch, lengths)):
         raise Unreadable("A body has one length, in digits, or is chunked.")
     if codings and [coding.strip().lower() for coding in codings] != [b"chunked"]:
         raise Unreadable("There is no transfer coding but chunked.")

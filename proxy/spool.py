@@ -24,6 +24,8 @@ class SpoolFull(Exception):
 class Spool:
     """One body. Append, then seal, then read from the beginning as often as needed, then close."""
 
+    __slots__ = ("_directory", "_file", "_in_memory", "_pieces", "size")
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._pieces: list[bytes] = []
@@ -45,12 +47,15 @@ class Spool:
         if self._file is not None and self._pieces:
             await _in_thread(self._flush)
 
-    async def read(self, splice: Splice | None = None) -> AsyncIterator[bytes]:
-        """The body from its beginning, with the splice's replacement in its place."""
+    def content(self, splice: Splice | None = None) -> bytes | AsyncIterator[bytes]:
+        """The body from its beginning, with the splice's replacement in its place: whole where it is in memory, else in
+        pieces from the disk."""
         if self._file is None:
-            yield _spliced(b"".join(self._pieces), splice)
-            return
+            return _spliced(b"".join(self._pieces), splice)
         assert not self._pieces, "a body is sealed before it is read"
+        return self._read(splice)
+
+    async def _read(self, splice: Splice | None) -> AsyncIterator[bytes]:
         spans = [(0, self.size)] if splice is None else [(0, splice.start), (splice.end, self.size)]
         for index, (start, end) in enumerate(spans):
             if index and splice is not None:

@@ -1,8 +1,9 @@
-"""HTTP/1.1 to one upstream, as a transport for the HTTP client: connections, and the answers on them.
+"""HTTP/1.1 to one upstream, beside the HTTP client's own transport: connections, and the answers on them.
 
-The client's own transport asks every idle connection for its health at every request and parses in Python; this one is told
-by the event loop when a connection ends, and parses in C. What a paid POST needs
-is the same in both: nothing is ever sent twice, and an answer that didn't end as it was framed is an error.
+The client's own asks every idle connection for its health at every request, parses in Python, and makes a request and a
+response of some thirty objects; this one is told by the event loop when a connection ends, parses in C, and takes bytes. What
+a paid POST needs is the same in both: nothing is ever sent twice, and an answer that didn't end as it was framed is an error.
+Addresses, TLS settings and errors are the client's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import cast
 
 import httptools
 import httpx2
@@ -37,10 +38,10 @@ class _Surplus(Exception):
     """Something follows an answer's end, and belongs to nobody."""
 
 
-class _Connection(asyncio.Protocol):
-    """One connection, with one exchange on it at a time."""
+class Connection(asyncio.Protocol):
+    """One connection, with one exchange on it at a time. ``status`` and ``headers`` are those of the answer that has begun."""
 
-    def __init__(self, idle: deque[_Connection]) -> None:
+    def __init__(self, idle: deque[Connection]) -> None:
         self._loop = asyncio.get_running_loop()
         self._idle = idle
         self._transport: asyncio.Transport
@@ -142,45 +143,57 @@ class _Connection(asyncio.Protocol):
 
     # What an exchange does
 
-    async def send(self, head: bytes, body: AsyncIterator[bytes]) -> None:
+    async def send(self, head: bytes, body: bytes | AsyncIterator[bytes]) -> None:
         """Send a request. Returns early when the answer comes first, or raises when the connection ends before it does."""
-        async for piece in body:
-            # One packet where that is cheap; a head without a body would only make the other side wait.
-            if len(piece) <= JOINED_BYTES_MAX:
-                piece, head = head + piece, b""
-            elif head:
-                self._transport.write(head)
-                head = b""
-            if piece:
-                self._transport.write(piece)
-            while not self._writable and not self._decided():
-                await self._sleep()
-            if self._decided():
-                break
+        if isinstance(body, bytes):
+            await self._send_whole(head, body)
         else:
-            if head:
-                self._transport.write(head)
-            self._sent = True
+            await self._send_pieces(head, body)
         while not self._decided():
             await self._sleep()
         if not self._head_done and self._error is not None:
             raise self._error
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The body, in the pieces in which it comes."""
-        while True:
-            while self._pieces:
-                piece = self._pieces.popleft()
-                self._waiting_bytes -= len(piece)
-                if not self._reading and self._waiting_bytes < WAITING_BYTES_LOW:
-                    self._reading = True
-                    self._transport.resume_reading()
-                yield piece
+    async def _send_whole(self, head: bytes, body: bytes) -> None:
+        if len(body) <= JOINED_BYTES_MAX:
+            # One packet, and nothing to wait for: the system takes as little as this at once.
+            self._transport.write(head + body)
+            self._sent = True
+            return
+        self._transport.write(head)
+        self._transport.write(body)
+        await self._written()
+        self._sent = not self._decided()
+
+    async def _send_pieces(self, head: bytes, body: AsyncIterator[bytes]) -> None:
+        self._transport.write(head)
+        async for piece in body:
+            self._transport.write(piece)
+            await self._written()
+            if self._decided():
+                return
+        self._sent = True
+
+    async def _written(self) -> None:
+        """Wait until the connection takes more, or there is no use in more."""
+        while not self._writable and not self._decided():
+            await self._sleep()
+
+    async def piece(self) -> bytes | None:
+        """The next piece of the body as it came; ``None`` after the last. Raises ``httpx2.TransportError`` for a body that
+        doesn't end as it was framed."""
+        while not self._pieces:
             if self._error is not None:
                 raise self._error
             if self._ended:
-                return
+                return None
             await self._sleep()
+        piece = self._pieces.popleft()
+        self._waiting_bytes -= len(piece)
+        if not self._reading and self._waiting_bytes < WAITING_BYTES_LOW:
+            self._reading = True
+            self._transport.resume_reading()
+        return piece
 
     def release(self) -> None:
         """Keep the connection for another exchange, or drop it where this one can't be known to have ended cleanly."""
@@ -236,23 +249,7 @@ class _Connection(asyncio.Protocol):
             self._waiter.set_result(None)
 
 
-class _Body(httpx2.AsyncByteStream):
-    """An answer's body, for the client."""
-
-    def __init__(self, connection: _Connection) -> None:
-        self._connection: _Connection | None = connection
-        self._pieces = connection.pieces()
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._pieces
-
-    async def aclose(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.release()
-
-
-class Transport(httpx2.AsyncBaseTransport):
+class Transport:
     """Connections to one origin, as many as there are exchanges. ``connect_seconds`` bounds the making of one."""
 
     def __init__(self, url: httpx2.URL, *, connect_seconds: float, tls: ssl.SSLContext | None) -> None:
@@ -261,59 +258,45 @@ class Transport(httpx2.AsyncBaseTransport):
         self._tls = tls if url.scheme == "https" else None
         self._connect_seconds = connect_seconds
         # The latest last: what was used a moment ago is the least likely to be closed by the other side.
-        self._idle: deque[_Connection] = deque()
+        self._idle: deque[Connection] = deque()
 
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send a request and return its answer as soon as the head of it is there.
+    async def send(self, head: bytes, body: bytes | AsyncIterator[bytes]) -> Connection:
+        """Send a request, its head as it stands on the wire; the connection as soon as the head of the answer is there. Whoever
+        has it releases it.
 
         Raises ``httpx2.ConnectError`` or ``ConnectTimeout`` when nothing was sent, another ``TransportError`` when
         anything may have been.
         """
-        head = _head(request)
         connection = self._take() or await self._connect()
         try:
-            assert isinstance(request.stream, httpx2.AsyncByteStream)
-            await connection.send(head, aiter(request.stream))
+            await connection.send(head, body)
         except BaseException:
             connection.release()
             raise
-        body = _Body(connection)
-        extensions = {"arrived": connection.ended}
-        return httpx2.Response(connection.status, headers=connection.headers, stream=body, extensions=extensions)
+        return connection
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Close what is idle."""
         while self._idle:
             self._idle.pop().drop()
 
-    def _take(self) -> _Connection | None:
+    def _take(self) -> Connection | None:
         while self._idle:
             connection = self._idle.pop()
             if connection.usable():
                 return connection
         return None
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
         server_hostname = self._host if self._tls is not None else None
         try:
             async with asyncio.timeout(self._connect_seconds):
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self._idle), self._host, self._port, ssl=self._tls, server_hostname=server_hostname
+                    lambda: Connection(self._idle), self._host, self._port, ssl=self._tls, server_hostname=server_hostname
                 )
         except TimeoutError as error:
             raise httpx2.ConnectTimeout("no connection in time") from error
         except OSError as error:
             raise httpx2.ConnectError(type(error).__name__) from error
         return connection
-
-
-def _head(request: httpx2.Request) -> bytes:
-    """A request's first line and headers. Raises ``httpx2.LocalProtocolError`` for what would end a line of them."""
-    target: Any = request.extensions.get("target") or request.url.raw_path
-    lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), target)]
-    lines += [b"%b: %b" % header for header in request.headers.raw]
-    head = b"\r\n".join(lines)
-    if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1:
-        raise httpx2.LocalProtocolError("a line break in the head of a request")
-    return head + b"\r\n\r\n"

@@ -7,15 +7,14 @@ The client's own conveniences are left out on purpose: no redirects, no cookies,
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from typing import Literal
 from urllib.parse import urlsplit
 
 import httpx2
 
 from proxy.headers import Headers
-from proxy.transport import Transport
+from proxy.transport import Connection, Transport
 
 Framing = Literal["length", "chunked", "close"]
 
@@ -30,40 +29,33 @@ class BrokeOff(Exception):
     """The exchange ended in the middle, after bytes of the request may have been sent."""
 
 
-@dataclass(frozen=True, slots=True)
 class Answer:
     """An answer that has begun. ``framing`` is how its end is told; ``length`` counts body bytes where that is by length.
     ``arrived``: all of it is here already, with the head."""
 
-    status: int
-    headers: Headers
-    framing: Framing
-    length: int | None
-    arrived: bool
-    _response: httpx2.Response
+    __slots__ = ("_connection", "arrived", "framing", "headers", "length", "status")
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The body in the pieces in which it comes. Raises :class:`BrokeOff` when it doesn't end as it was framed."""
+    def __init__(self, connection: Connection) -> None:
+        self._connection: Connection | None = connection
+        self.status = connection.status
+        self.headers: Headers = connection.headers
+        self.arrived = connection.ended
+        self.framing, self.length = _framing(self.status, self.headers)
+
+    async def piece(self) -> bytes | None:
+        """The next piece of the body as it came; ``None`` after the last. Raises :class:`BrokeOff` when the body doesn't end
+        as it was framed."""
+        assert self._connection is not None, "the answer is closed"
         try:
-            async for piece in self._response.stream:  # type: ignore[union-attr]
-                if piece:
-                    yield piece
+            return await self._connection.piece()
         except (httpx2.TransportError, OSError, ssl.SSLError) as error:
             raise BrokeOff(type(error).__name__) from error
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Give the connection back, or drop it where the body was not read to its end."""
-        await self._response.stream.aclose()  # type: ignore[union-attr]
-
-
-class _Body(httpx2.AsyncByteStream):
-    """A request body for the client to read once."""
-
-    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
-        self._pieces = pieces
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._pieces
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.release()
 
 
 class Upstream:
@@ -73,42 +65,43 @@ class Upstream:
         parts = urlsplit(base_url)
         self._path = parts.path.encode("ascii")
         self.host = parts.netloc.encode("ascii")
-        # Parsed once: where it goes never changes, and what is asked for is the target below.
-        self._url = url = httpx2.URL(base_url)
+        url = httpx2.URL(base_url)
         tls = httpx2.create_ssl_context(verify=verify) if url.scheme == "https" else None
         self._transport = Transport(url, connect_seconds=CONNECT_SECONDS, tls=tls)
 
-    async def post(self, path: str, query: bytes, headers: Headers, body: Callable[[], AsyncIterator[bytes]]) -> Answer:
-        """Send one request to ``path`` below the base URL; its answer, as soon as the head of it is there.
+    async def post(self, path: bytes, query: bytes, headers: Headers, body: bytes | AsyncIterator[bytes]) -> Answer:
+        """Send one request to ``path`` below the base URL; its answer, as soon as the head of it is there. ``body`` is as long
+        as the headers say.
 
         Raises :class:`Unreachable` when nothing was sent, :class:`BrokeOff` when anything may have been. Waits without a
         limit of its own: the caller keeps the deadline of the whole exchange.
         """
-        target = self._path + path.encode("ascii") + (b"?" + query if query else b"")
-        request = httpx2.Request(
-            "POST",
-            self._url,
-            headers=list(headers),
-            stream=_Body(body()),
-            extensions={"target": target},
-        )
+        head = _head(self._path + path + (b"?" + query if query else b""), headers)
         try:
-            response = await self._transport.handle_async_request(request)
-        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
+            connection = await self._transport.send(head, body)
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise Unreachable(type(error).__name__) from error
         except (httpx2.TransportError, OSError, ssl.SSLError) as error:
             raise BrokeOff(type(error).__name__) from error
-        if not 200 <= response.status_code < 600:
+        if not 200 <= connection.status < 600:
             # No answer that HTTP knows, and none that a server could pass on.
-            await response.stream.aclose()  # type: ignore[union-attr]
-            raise BrokeOff(f"status {response.status_code}")
-        raw = response.headers.raw
-        framing, length = _framing(response.status_code, raw)
-        return Answer(response.status_code, raw, framing, length, response.extensions["arrived"], response)
+            connection.release()
+            raise BrokeOff(f"status {connection.status}")
+        return Answer(connection)
 
-    async def close(self) -> None:
-        """Drop all connections."""
-        await self._transport.aclose()
+    def close(self) -> None:
+        """Drop all connections that no exchange is on."""
+        self._transport.close()
+
+
+def _head(target: bytes, headers: Headers) -> bytes:
+    """A request's first line and headers. Raises :class:`Unreachable` for what would end a line of them: nothing is sent."""
+    lines = [b"POST %b HTTP/1.1" % target]
+    lines += [b"%b: %b" % header for header in headers]
+    head = b"\r\n".join(lines)
+    if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1:
+        raise Unreachable("a line break in the head of a request")
+    return head + b"\r\n\r\n"
 
 
 def _framing(status: int, headers: Headers) -> tuple[Framing, int | None]:

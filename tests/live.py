@@ -255,8 +255,14 @@ class LiveGateway:
         with self.database.writing() as connection:
             accounts.set_budget(connection, team, key_id, period, limit_micro_usd, soft=soft, now=now(), actor="test")
 
+    def settle(self, port: int | None = None) -> None:
+        """Let what its clients have been answered come into the books: a gateway waits for that when it is asked for figures.
+        ``port`` is another gateway's."""
+        self.client.get(f"http://127.0.0.1:{port or self.port}/metrics")
+
     def charges(self) -> list[dict[str, Any]]:
         """All charges, oldest first."""
+        self.settle()
         with self.database.reading() as connection:
             return list(reports.list_charges(connection))
 

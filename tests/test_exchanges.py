@@ -78,11 +78,13 @@ class Team:
 
     def budget(self) -> tuple[int, int]:
         """What is (settled, held) against it."""
+        self.gateway.settle()
         with self.gateway.database.reading() as connection:
             (status,) = reports.list_budgets(connection, now(), team=self.name)
         return status.settled_micro_usd, status.held_micro_usd
 
     def charges(self) -> list[dict[str, Any]]:
+        self.gateway.settle()
         with self.gateway.database.reading() as connection:
             return list(reports.list_charges(connection, team=self.name))
 
@@ -97,6 +99,7 @@ class Team:
         return wait_for(ended)
 
     def spend(self) -> dict[str, Any]:
+        self.gateway.settle()
         with self.gateway.database.reading() as connection:
             rows = reports.spend(connection, ["team"])
         return next(row for row in rows if row["team"] == self.name)
@@ -972,6 +975,8 @@ def test_two_replicas_two_teams_and_a_key_never_spend_beyond_any_limit(database_
         assert {status for status, _ in answers} == {200, 429}
         assert len(upstream.requests) == 30
         assert min(least) >= 0
+        for port in ports:
+            gateway.settle(port)
         with gateway.database.reading() as connection:
             found = {(b.team, b.scope, b.period): b for b in reports.list_budgets(connection, now())}
         spent = {name: (budget.settled_micro_usd, budget.held_micro_usd) for name, budget in found.items()}

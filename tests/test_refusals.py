@@ -731,6 +731,7 @@ def test_a_key_that_the_gateway_remembers(own: tuple[LiveGateway, ScriptedUpstre
 def test_a_ledger_that_was_written_to_before(own: tuple[LiveGateway, ScriptedUpstream]) -> None:
     gateway, upstream = own
     assert ask(gateway, post(gateway.key, order())).status == 200
+    gateway.settle()
     with database_away(gateway.database_url):
         check(ask(gateway, post(gateway.key, order())), LEDGER_AWAY)
     gateway.database.close()

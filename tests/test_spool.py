@@ -41,7 +41,8 @@ async def keep(spool: Spool, body: bytes, piece_bytes: int) -> None:
 
 
 async def read(spool: Spool, splice: Splice | None = None) -> bytes:
-    pieces = [piece async for piece in spool.read(splice)]
+    content = spool.content(splice)
+    pieces = [content] if isinstance(content, bytes) else [piece async for piece in content]
     if len(pieces) > 1:
         assert max(map(len, pieces)) <= PIECE_BYTES
     return b"".join(pieces)

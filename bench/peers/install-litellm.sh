@@ -10,6 +10,6 @@ cmp -s litellm/requirements.txt "$place/installed" && exit
 
 "${PYTHON:-python3}" -m venv "$place"
 rm -f "$place/installed"
-"$place/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r litellm/requirements.txt
+"$place/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r litellm/requirements.txt
 # Last: an installation that was interrupted is taken up again.
 cp litellm/requirements.txt "$place/installed"

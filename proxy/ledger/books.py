@@ -8,14 +8,16 @@ of its batch.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import structlog
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, select
 
 from proxy import periods
 from proxy.ledger.decisions import (
@@ -28,35 +30,32 @@ from proxy.ledger.decisions import (
     KeyRefused,
     Pace,
     Reservation,
+    Scope,
     State,
     admit,
     out_of_pace,
     recognise,
 )
-from proxy.ledger.history import earlier_charges, paces_of
-from proxy.ledger.schema import balances, rollups, teams
-from proxy.ledger.statements import Change, Question, Type, instant, read, write
+from proxy.ledger.engine import driver_of
+from proxy.ledger.history import Limit, earlier_charges, paces_of
+from proxy.ledger.schema import teams
+from proxy.ledger.statements import Change, Lock, Question, Row, Type, instant, read, stamp, write
+from proxy.outcomes import Outcome
 from proxy.periods import Period
 
 log = structlog.get_logger(__name__)
 
+# The row of the daily sums that a charge is part of: day, team, key, model, operation, size and quality.
+_Heading = tuple[str, int, str, str, str, str, str]
 
-class _Heading(NamedTuple):
-    """The row of the daily sums that a charge is part of."""
-
-    day: date
-    team_id: int
-    key_id: str
-    model: str
-    operation: str
-    size: str
-    quality: str
+# Requests, images, settled and reserved micro-USD.
+_Sums = tuple[int, int, int, int]
 
 
-class _Charge(NamedTuple):
-    """What booking a charge needs to know of it."""
+@dataclass(slots=True)
+class _Charge:
+    """What booking a charge needs to know of it. ``created_at`` is as the statements have instants."""
 
-    id: str
     team_id: int
     key_id: str
     model: str
@@ -67,19 +66,28 @@ class _Charge(NamedTuple):
     images_delivered: int
     settled_micro_usd: int
     reserved_micro_usd: int
-    created_at: datetime
+    created_at: str
+
+    @property
+    def day(self) -> str:
+        return self.created_at[:10]
 
     @property
     def heading(self) -> _Heading:
-        return _Heading(
-            periods.start("day", self.created_at),
-            self.team_id,
-            self.key_id,
-            self.model,
-            self.operation,
-            self.size,
-            self.quality,
-        )
+        return (self.day, self.team_id, self.key_id, self.model, self.operation, self.size, self.quality)
+
+    @property
+    def sums(self) -> _Sums:
+        return (1, self.images_delivered, self.settled_micro_usd, self.reserved_micro_usd)
+
+
+class _Key(NamedTuple):
+    """Whether a key may spend, and whose it is."""
+
+    team_id: int
+    expires_at: str | None
+    revoked_at: str | None
+    archived_at: str | None
 
 
 class _Ended(NamedTuple):
@@ -94,49 +102,48 @@ class _Ended(NamedTuple):
     quality: str
     basis: str | None
     reason: str
+    finished_at: str
     upstream_status: int | None
     upstream_cost_micro_usd: int | None
     upstream_request_id: str | None
     input_tokens: int | None
     output_tokens: int | None
-    finished_at: datetime
-
-
-@dataclass(slots=True)
-class _Sums:
-    requests: int = 0
-    images: int = 0
-    settled: int = 0
-    reserved: int = 0
-
-    def add(self, requests: int, images: int, settled: int, reserved: int) -> None:
-        self.requests += requests
-        self.images += images
-        self.settled += settled
-        self.reserved += reserved
 
 
 @dataclass(slots=True)
 class _Page:
-    """What a transaction has read, with what its own batch changes of it, and what it has to write."""
+    """What a transaction has read, with what its own batch changes of it, and what it has to write. Of its time it knows
+    the instant, the same as the statements have it, and the first days of the periods that it is in."""
 
-    archived_at: dict[int, datetime | None]
-    keys: dict[str, tuple[int, datetime | None, datetime | None]]
+    now: datetime
+    stamped: str
+    starts: Mapping[str, str]
+    keys: dict[str, _Key]
     charges: dict[str, _Charge]
     budgets: defaultdict[int, list[Balance]]
+    limits: list[Limit]
     # The budgets whose current period has no row yet.
     unopened: set[int]
-    limited: bool
     # Rows to be written, in the order of their columns below.
     ended: dict[str, _Ended] = field(default_factory=dict)
-    begun: list[tuple[object, ...]] = field(default_factory=list)
+    begun: list[Row] = field(default_factory=list)
     # What moves, summed here, so each row is written once a batch: (settled, held) by budget and period, sums by heading.
-    moved: dict[tuple[int, date], tuple[int, int]] = field(default_factory=dict)
-    sums: defaultdict[_Heading, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
+    moved: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
+    sums: dict[_Heading, _Sums] = field(default_factory=dict)
 
-    def move(self, budget_id: int, period_start: date, settled: int, held: int) -> None:
-        before = self.moved.get((budget_id, period_start), (0, 0))
-        self.moved[budget_id, period_start] = (before[0] + settled, before[1] + held)
+    def move(self, budget_id: int, period_start: str, settled: int, held: int) -> None:
+        place = (budget_id, period_start)
+        before = self.moved.get(place)
+        self.moved[place] = (settled, held) if before is None else (before[0] + settled, before[1] + held)
+
+    def add(self, heading: _Heading, amounts: _Sums) -> None:
+        self.sums[heading] = _added(self.sums.get(heading), amounts)
+
+
+def _added(before: _Sums | None, amounts: _Sums) -> _Sums:
+    if before is None:
+        return amounts
+    return (before[0] + amounts[0], before[1] + amounts[1], before[2] + amounts[2], before[3] + amounts[3])
 
 
 def lock_teams(connection: Connection, team_ids: Iterable[int]) -> None:
@@ -154,76 +161,109 @@ def post(
     Answers one decision a reservation, in order; they hold only once the caller has committed. A booking whose charge is
     unknown or has ended already changes nothing.
     """
-    page = _read(connection, reservations, bookings, now)
-    _book(page, bookings, now)
-    decisions = _reserve(connection, page, reservations, now) if reservations else []
-    _write(connection, page)
-    return decisions
+    with driver_of(connection) as driver:
+        page = _read(driver, reservations, bookings, now)
+        _book(page, bookings)
+        decisions = _reserve(driver, page, reservations) if reservations else []
+        _write(driver, page)
+        return decisions
 
 
 # Reading
 
-_TEAMS = Question(
-    {"id": "id", "archived_at": "archived_at"}, "FROM teams WHERE id IN :teams[] ORDER BY id", lock="FOR NO KEY UPDATE"
+_LOCK = Lock({"teams": "bigint[]"}, "SELECT id FROM teams WHERE id IN :teams[] ORDER BY id FOR NO KEY UPDATE")
+
+_KEYS = (
+    ("k.id", "k.team_id", "UTC(k.expires_at)", "UTC(k.revoked_at)", "UTC(t.archived_at)"),
+    "FROM keys k JOIN teams t ON t.id = k.team_id WHERE k.id IN :keys[]",
 )
 
-_KEYS = Question({name: name for name in ("id", "team_id", "expires_at", "revoked_at")}, "FROM keys WHERE id IN :keys[]")
+_CHARGES = (
+    (
+        *("id", "team_id", "key_id", "model", "operation", "size", "quality", "state"),
+        *("images_delivered", "settled_micro_usd", "reserved_micro_usd", "UTC(created_at)"),
+    ),
+    "FROM charges WHERE id IN :charges[]",
+)
 
-_CHARGES = Question({name: name for name in _Charge._fields}, "FROM charges WHERE id IN :charges[]")
+_LIMITS = (Limit._fields, "FROM limits WHERE team_id IN :teams[] AND (key_id IS NULL OR key_id IN :keys[])")
 
-_BUDGETS = Question(
-    {name: f"b.{name}" for name in ("id", "team_id", "key_id", "period", "soft", "limit_micro_usd")}
-    | {name: f"p.{name}" for name in ("settled_micro_usd", "held_micro_usd")},
-    """FROM budgets b LEFT JOIN balances p ON p.budget_id = b.id AND p.period_start =
-        CASE b.period WHEN 'day' THEN :day WHEN 'week' THEN :week WHEN 'month' THEN :month ELSE :total END
-    WHERE b.team_id IN :teams[] AND (
-        b.key_id IS NULL OR b.key_id IN :keys[] OR b.key_id IN (SELECT key_id FROM charges WHERE id IN :charges[])
+
+def _budgets(of_keys: str) -> tuple[Sequence[str], str]:
+    return (
+        ("b.id", "b.team_id", "b.key_id", "b.period", "b.soft", "b.limit_micro_usd", "p.settled_micro_usd", "p.held_micro_usd"),
+        f"""FROM budgets b LEFT JOIN balances p ON p.budget_id = b.id AND p.period_start =
+            CASE b.period WHEN 'day' THEN :day WHEN 'week' THEN :week WHEN 'month' THEN :month ELSE :total END
+        WHERE b.team_id IN :teams[] AND (b.key_id IS NULL OR {of_keys})""",
     )
-    ORDER BY b.id""",
-)
-
-_LIMITS = Question({"id": "id"}, "FROM limits WHERE team_id IN :teams[] LIMIT 1")
 
 
-def _read(connection: Connection, reservations: Sequence[Reservation], bookings: Sequence[Booking], now: datetime) -> _Page:
+_OF_KEYS = "b.key_id IN :keys[]"
+_OF_CHARGES = "b.key_id IN (SELECT key_id FROM charges WHERE id IN :charges[])"
+
+_IN_PERIODS: Mapping[str, Type] = {"teams": "bigint[]", **dict.fromkeys(periods.PERIODS, "date")}
+_OF_RESERVATIONS: Mapping[str, Type] = {**_IN_PERIODS, "keys": "text[]"}
+_OF_BOOKINGS: Mapping[str, Type] = {**_IN_PERIODS, "charges": "text[]"}
+
+# Most batches are of one job, or of several of a kind: each kind has its own questions, so that nothing is asked in vain.
+_ON_RESERVING = Question(_OF_RESERVATIONS, _budgets(_OF_KEYS), _KEYS, _LIMITS)
+_ON_BOOKING = Question(_OF_BOOKINGS, _budgets(_OF_CHARGES), _CHARGES)
+_ON_BOTH = Question({**_OF_RESERVATIONS, **_OF_BOOKINGS}, _budgets(f"{_OF_KEYS} OR {_OF_CHARGES}"), _KEYS, _LIMITS, _CHARGES)
+
+
+def _read(driver: Any, reservations: Sequence[Reservation], bookings: Sequence[Booking], now: datetime) -> _Page:
     """All that the batch depends on, with its teams locked before anything else is looked at."""
-    team_ids = sorted({job.team_id for job in reservations} | {job.team_id for job in bookings})
-    key_ids = sorted({job.key_id for job in reservations})
-    charge_ids = sorted({job.charge_id for job in bookings})
-    starts: dict[str, object] = {period: periods.start(period, now) for period in periods.PERIODS}
-    wanted = {"teams": team_ids, "keys": key_ids, "charges": charge_ids, **starts}
+    stamped = stamp(now)
+    starts = _starts(stamped[:10])
+    given: dict[str, object] = {
+        "teams": sorted({job.team_id for job in reservations} | {job.team_id for job in bookings}),
+        "keys": list({job.key_id for job in reservations}),
+        "charges": list({job.charge_id for job in bookings}),
+        **starts,
+    }
+    keys: Sequence[Sequence[Any]] = ()
+    limits: Sequence[Sequence[Any]] = ()
+    charges: Sequence[Sequence[Any]] = ()
     # The teams first, which locks them: another process's booking of the same charge is then either seen or waits for us.
-    locked, keys, charges, budgets, limited = read(connection, wanted, _TEAMS, _KEYS, _CHARGES, _BUDGETS, _LIMITS)
+    if not bookings:
+        budgets, keys, limits = read(driver, given, _ON_RESERVING, _LOCK)
+    elif not reservations:
+        budgets, charges = read(driver, given, _ON_BOOKING, _LOCK)
+    else:
+        budgets, keys, limits, charges = read(driver, given, _ON_BOTH, _LOCK)
     page = _Page(
-        archived_at=dict(locked),
-        keys={row[0]: row[1:] for row in keys},
-        charges={row[0]: _Charge._make((*row[:-1], instant(row[-1]))) for row in charges},
+        now=now,
+        stamped=stamped,
+        starts=starts,
+        keys={row[0]: _Key._make(row[1:]) for row in keys},
+        charges={row[0]: _Charge(*row[1:]) for row in charges},
         budgets=defaultdict(list),
+        limits=[Limit._make(row) for row in sorted(limits, key=_first)],
         unopened=set(),
-        limited=bool(limited),
     )
-    for budget_id, team_id, key_id, period, soft, limit, settled, held in budgets:
+    for budget_id, team_id, key_id, period, soft, limit, settled, held in sorted(budgets, key=_first):
         if settled is None:
             page.unopened.add(budget_id)
-        page.budgets[team_id].append(
-            Balance(
-                budget_id=budget_id,
-                scope="team" if key_id is None else "key",
-                key_id=key_id,
-                period=period,
-                soft=bool(soft),
-                limit_micro_usd=limit,
-                settled_micro_usd=settled or 0,
-                held_micro_usd=held or 0,
-            )
-        )
+        scope: Scope = "team" if key_id is None else "key"
+        balance = Balance(budget_id, scope, key_id, period, bool(soft), limit, settled or 0, held or 0)
+        page.budgets[team_id].append(balance)
     return page
+
+
+_first = itemgetter(0)
+
+
+@functools.lru_cache(maxsize=64)
+def _starts(day: str) -> Mapping[str, str]:
+    """The first days of the periods that a day is in. A batch's charges are of few days, and the next one's of the same."""
+    at = datetime.combine(date.fromisoformat(day), time(), UTC)
+    return {period: periods.start(period, at).isoformat() for period in periods.PERIODS}
 
 
 # Booking
 
 
-def _book(page: _Page, bookings: Iterable[Booking], now: datetime) -> None:
+def _book(page: _Page, bookings: Iterable[Booking]) -> None:
     for job in bookings:
         charge = page.charges.get(job.charge_id)
         outcome = job.outcome
@@ -236,93 +276,91 @@ def _book(page: _Page, bookings: Iterable[Booking], now: datetime) -> None:
             continue
         if outcome.state not in NEXT[charge.state]:
             continue
-        after = charge._replace(
-            state=outcome.state,
-            settled_micro_usd=outcome.settled_micro_usd,
-            reserved_micro_usd=outcome.reserved_micro_usd,
-            images_delivered=outcome.images_delivered,
-            size=outcome.size,
-            quality=outcome.quality,
-        )
-        page.charges[job.charge_id] = after
-        page.ended[job.charge_id] = _ending(job, page.ended.get(job.charge_id), now)
-        _move(page, charge, after, now)
+        page.ended[job.charge_id] = _ending(job, page.ended.get(job.charge_id), page.stamped)
+        _move(page, charge, outcome)
 
 
-def _ending(job: Booking, before: _Ended | None, now: datetime) -> _Ended:
+def _ending(job: Booking, before: _Ended | None, now: str) -> _Ended:
     outcome = job.outcome
-    told = (getattr(job, name) for name in _OF_UPSTREAM)
-    if before is not None:
-        # Twice in one batch: whoever settles a review knows nothing new of the upstream, and what was told of it stays.
-        told = (new if new is not None else getattr(before, name) for name, new in zip(_OF_UPSTREAM, told, strict=True))
-    return _Ended._make(
-        (
-            job.charge_id,
-            outcome.state,
-            outcome.settled_micro_usd,
-            outcome.reserved_micro_usd,
-            outcome.images_delivered,
-            outcome.size,
-            outcome.quality,
-            outcome.basis,
-            outcome.reason,
-            *told,
-            now,
-        )
+    ended = _Ended(
+        job.charge_id,
+        outcome.state,
+        outcome.settled_micro_usd,
+        outcome.reserved_micro_usd,
+        outcome.images_delivered,
+        outcome.size,
+        outcome.quality,
+        outcome.basis,
+        outcome.reason,
+        now,
+        job.upstream_status,
+        job.upstream_cost_micro_usd,
+        job.upstream_request_id,
+        job.input_tokens,
+        job.output_tokens,
     )
+    if before is None:
+        return ended
+    # Twice in one batch: whoever settles a review knows nothing new of the upstream, and what was told of it stays.
+    return ended._replace(**{name: getattr(before, name) for name in _OF_UPSTREAM if getattr(ended, name) is None})
 
 
-def _move(page: _Page, before: _Charge, after: _Charge, now: datetime) -> None:
+def _move(page: _Page, charge: _Charge, outcome: Outcome) -> None:
     """Carry the change of one charge over to the balances of its own period and to its day's sums."""
-    created_at = before.created_at
-    settled = after.settled_micro_usd - before.settled_micro_usd
-    held = after.reserved_micro_usd - before.reserved_micro_usd
-    for balance in page.budgets[before.team_id]:
-        if balance.key_id in (None, before.key_id):
-            start = periods.start(balance.period, created_at)
+    settled = outcome.settled_micro_usd - charge.settled_micro_usd
+    held = outcome.reserved_micro_usd - charge.reserved_micro_usd
+    starts = _starts(charge.day)
+    for balance in page.budgets[charge.team_id]:
+        if balance.key_id is None or balance.key_id == charge.key_id:
+            start = starts[balance.period]
             page.move(balance.budget_id, start, settled, held)
-            if start == periods.start(balance.period, now):
+            if start == page.starts[balance.period]:
                 balance.settled_micro_usd += settled
                 balance.held_micro_usd += held
-    for charge, sign in ((before, -1), (after, 1)):
-        page.sums[charge.heading].add(
-            sign, sign * charge.images_delivered, sign * charge.settled_micro_usd, sign * charge.reserved_micro_usd
-        )
+    requests, images, settled, reserved = charge.sums
+    page.add(charge.heading, (-requests, -images, -settled, -reserved))
+    charge.state = outcome.state
+    charge.settled_micro_usd = outcome.settled_micro_usd
+    charge.reserved_micro_usd = outcome.reserved_micro_usd
+    charge.images_delivered = outcome.images_delivered
+    charge.size = outcome.size
+    charge.quality = outcome.quality
+    page.add(charge.heading, charge.sums)
 
 
 # Reserving
 
 
-def _reserve(connection: Connection, page: _Page, reservations: Sequence[Reservation], now: datetime) -> list[Decision]:
-    paces: defaultdict[int, list[Pace]] = defaultdict(list)
+def _reserve(driver: Any, page: _Page, reservations: Sequence[Reservation]) -> list[Decision]:
+    paces: Mapping[int, list[Pace]] = {}
     used: dict[tuple[int, bytes], Earlier] = {}
-    if page.limited or page.unopened or any(job.repeat for job in reservations):
+    if page.limits or page.unopened or any(job.repeat for job in reservations):
         # What is counted and added up now has to have this batch's bookings in it.
-        _write(connection, page)
-        paces = paces_of(connection, reservations, now)
-        used = earlier_charges(connection, reservations)
-        _open_balances(connection, page, now)
+        _write(driver, page)
+        paces = paces_of(driver, page.limits, page.now)
+        used = earlier_charges(driver, reservations)
+        _open_balances(driver, page)
     decisions: list[Decision] = []
     for job in reservations:
         decision: Decision = KeyRefused()
-        if _may_spend(page, job, now):
-            own_paces = [pace for pace in paces[job.team_id] if pace.key_id in (None, job.key_id)]
+        if _may_spend(page, job):
+            own_paces = [pace for pace in paces.get(job.team_id, ()) if pace.key_id in (None, job.key_id)]
             applying = [balance for balance in page.budgets[job.team_id] if balance.key_id in (None, job.key_id)]
-            decision = _decide(job, used, own_paces, applying, now)
+            decision = _decide(job, used, own_paces, applying, page.now)
         decisions.append(decision)
         if isinstance(decision, Admitted):
             for balance in applying:
-                page.move(balance.budget_id, periods.start(balance.period, now), 0, job.hold_micro_usd)
-            _begin(page, job, now)
+                page.move(balance.budget_id, page.starts[balance.period], 0, job.hold_micro_usd)
+            _begin(page, job)
     return decisions
 
 
-def _may_spend(page: _Page, job: Reservation, now: datetime) -> bool:
+def _may_spend(page: _Page, job: Reservation) -> bool:
     """Whether key and team may spend at this instant; what a process remembers of a key is not asked."""
-    if page.archived_at.get(job.team_id, now) is not None:
+    key = page.keys.get(job.key_id)
+    if key is None or key.team_id != job.team_id or key.revoked_at is not None or key.archived_at is not None:
         return False
-    team_id, expires_at, revoked_at = page.keys.get(job.key_id, (None, None, None))
-    return team_id == job.team_id and revoked_at is None and (expires_at is None or instant(expires_at) > now)
+    return key.expires_at is None or instant(key.expires_at) > page.now
 
 
 def _decide(
@@ -349,33 +387,32 @@ def _decide(
     return decision
 
 
-def _begin(page: _Page, job: Reservation, now: datetime) -> None:
+def _begin(page: _Page, job: Reservation) -> None:
     # Nothing is awaited between this commit and the sending, so the charge is written as forwarded at once: a process that
     # dies in between leaves a review at the most, never a forgotten image.
     order = job.order
+    repeat = job.repeat
     page.begun.append(
         (
             *(job.charge_id, job.request_id, job.team_id, job.key_id, order.operation, order.model, order.size, order.quality),
             *(order.size, order.quality, order.stream, order.n, 0, "forwarded"),
             *(job.hold_micro_usd, job.hold_micro_usd, 0, job.price_card),
-            job.repeat.key_digest if job.repeat else None,
-            job.repeat.body_digest if job.repeat else None,
-            *(now, now + timedelta(seconds=job.timeout_seconds)),
+            None if repeat is None else repeat.key_digest,
+            None if repeat is None else repeat.body_digest,
+            *(page.stamped, stamp(page.now + timedelta(seconds=job.timeout_seconds))),
         )
     )
-    heading = _Heading(
-        periods.start("day", now), job.team_id, job.key_id, order.model, order.operation, order.size, order.quality
-    )
-    page.sums[heading].add(1, 0, 0, job.hold_micro_usd)
+    heading = (page.starts["day"], job.team_id, job.key_id, order.model, order.operation, order.size, order.quality)
+    page.add(heading, (1, 0, 0, job.hold_micro_usd))
 
 
-def _open_balances(connection: Connection, page: _Page, now: datetime) -> None:
+def _open_balances(driver: Any, page: _Page) -> None:
     """Write the rows of periods that have just begun."""
     for team_id, team_budgets in page.budgets.items():
         for balance in team_budgets:
             if balance.budget_id in page.unopened:
-                balance.settled_micro_usd, balance.held_micro_usd = open_balance(
-                    connection, balance.budget_id, team_id, balance.key_id, balance.period, now
+                balance.settled_micro_usd, balance.held_micro_usd = _open_balance(
+                    driver, balance.budget_id, team_id, balance.key_id, balance.period, page.now
                 )
     page.unopened.clear()
 
@@ -388,17 +425,38 @@ def open_balance(
     Call with the team's row locked. Charges can be there already: the budget is new, or it was set by a host whose clock
     was not yet in the period in which another one's was.
     """
-    start, end = periods.start(period, now), periods.resets_at(period, now)
-    query = select(
-        func.coalesce(func.sum(rollups.c.settled_micro_usd), 0), func.coalesce(func.sum(rollups.c.reserved_micro_usd), 0)
-    ).where(rollups.c.team_id == team_id, rollups.c.day >= start)
-    if end is not None:
-        query = query.where(rollups.c.day < end.date())
-    if key_id is not None:
-        query = query.where(rollups.c.key_id == key_id)
-    settled, held = (int(amount) for amount in connection.execute(query).one())
-    row = {"budget_id": budget_id, "period_start": start, "settled_micro_usd": settled, "held_micro_usd": held}
-    connection.execute(balances.insert(), row)
+    with driver_of(connection) as driver:
+        return _open_balance(driver, budget_id, team_id, key_id, period, now)
+
+
+_SPENT = Question(
+    {"team": "bigint", "key": "text", "start": "date", "end": "date"},
+    (
+        ("settled", "reserved"),
+        """FROM (
+            SELECT coalesce(sum(settled_micro_usd), 0) AS settled, coalesce(sum(reserved_micro_usd), 0) AS reserved FROM rollups
+            WHERE team_id = :team AND day >= :start AND day < :end AND key_id = coalesce(:key, key_id)
+        ) AS spent""",
+    ),
+)
+
+_OPEN = Change(
+    {"budget": "bigint", "start": "date", "settled": "bigint", "held": "bigint"},
+    """INSERT INTO balances (budget_id, period_start, settled_micro_usd, held_micro_usd)
+    SELECT {budget}, {start}, {settled}, {held} {rows}""",
+)
+
+# Behind every day that is written.
+_NEVER = date.max
+
+
+def _open_balance(
+    driver: Any, budget_id: int, team_id: int, key_id: str | None, period: Period, now: datetime
+) -> tuple[int, int]:
+    start, end = periods.start(period, now).isoformat(), periods.resets_at(period, now)
+    before = (_NEVER if end is None else end.date()).isoformat()
+    (((settled, held),),) = read(driver, {"team": team_id, "key": key_id, "start": start, "end": before}, _SPENT)
+    write(driver, (_OPEN, [(budget_id, start, settled, held)]))
     return settled, held
 
 
@@ -406,14 +464,14 @@ def open_balance(
 
 _OF_UPSTREAM = ("upstream_status", "upstream_cost_micro_usd", "upstream_request_id", "input_tokens", "output_tokens")
 
-_NUMBERS = frozenset(
+_BIGINTS = frozenset(
     {
         *("settled_micro_usd", "reserved_micro_usd", "images_delivered", "upstream_status", "upstream_cost_micro_usd"),
         *("input_tokens", "output_tokens", "team_id", "images_requested", "hold_micro_usd", "requests", "images"),
     }
 )
 _TYPES: dict[str, Type] = {
-    **dict.fromkeys(_NUMBERS, "bigint"),
+    **dict.fromkeys(_BIGINTS, "bigint"),
     **dict.fromkeys(("created_at", "deadline_at", "finished_at"), "timestamptz"),
     **dict.fromkeys(("idempotency_digest", "body_digest"), "bytea"),
     "day": "date",
@@ -425,12 +483,16 @@ def _typed(names: Iterable[str]) -> dict[str, Type]:
     return {name: _TYPES.get(name, "text") for name in names}
 
 
+def _values(names: Iterable[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in names)
+
+
 _END = Change(
     _typed(_Ended._fields),
     f"""UPDATE charges SET
-        {", ".join(f"{name} = r.{name}" for name in _Ended._fields if name not in ("id", *_OF_UPSTREAM))},
-        {", ".join(f"{name} = coalesce(r.{name}, charges.{name})" for name in _OF_UPSTREAM)}
-    FROM {{rows}} WHERE charges.id = r.id""",
+        {", ".join(f"{name} = {{{name}}}" for name in _Ended._fields if name not in ("id", *_OF_UPSTREAM))},
+        {", ".join(f"{name} = coalesce({{{name}}}, charges.{name})" for name in _OF_UPSTREAM)}
+    {{rows}} WHERE charges.id = {{id}}""",
 )
 
 _COLUMNS = (
@@ -440,24 +502,25 @@ _COLUMNS = (
     *("idempotency_digest", "body_digest", "created_at", "deadline_at"),
 )
 
-_BEGIN = Change(_typed(_COLUMNS), f"INSERT INTO charges ({', '.join(_COLUMNS)}) SELECT {', '.join(_COLUMNS)} FROM {{rows}}")
+_BEGIN = Change(_typed(_COLUMNS), f"INSERT INTO charges ({', '.join(_COLUMNS)}) SELECT {_values(_COLUMNS)} {{rows}}")
 
 _MOVE = Change(
     {"budget": "bigint", "start": "date", "settled": "bigint", "held": "bigint"},
     """UPDATE balances SET
-        settled_micro_usd = balances.settled_micro_usd + r.settled, held_micro_usd = balances.held_micro_usd + r.held
-    FROM {rows} WHERE balances.budget_id = r.budget AND balances.period_start = r.start""",
+        settled_micro_usd = balances.settled_micro_usd + {settled}, held_micro_usd = balances.held_micro_usd + {held}
+    {rows} WHERE balances.budget_id = {budget} AND balances.period_start = {start}""",
 )
 
+_HEADING = ("day", "team_id", "key_id", "model", "operation", "size", "quality")
+_DAY = ("day", "team_id")
 _ADDED = ("requests", "images", "settled_micro_usd", "reserved_micro_usd")
-_DAY_FIELDS = ("day", "team_id")
 
 
 def _adding(table: str, fields: tuple[str, ...]) -> Change:
     columns = (*fields, *_ADDED)
     return Change(
         _typed(columns),
-        f"""INSERT INTO {table} ({", ".join(columns)}) SELECT {", ".join(columns)} FROM {{rows}} WHERE true
+        f"""INSERT INTO {table} ({", ".join(columns)}) SELECT {_values(columns)} {{rows}} WHERE true
         ON CONFLICT ({", ".join(fields)}) DO UPDATE SET
             {", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in _ADDED)}""",
     )
@@ -466,60 +529,56 @@ def _adding(table: str, fields: tuple[str, ...]) -> Change:
 def _taking(table: str, fields: tuple[str, ...]) -> Change:
     return Change(
         _typed((*fields, *_ADDED)),
-        f"""UPDATE {table} SET {", ".join(f"{name} = {table}.{name} + r.{name}" for name in _ADDED)}
-        FROM {{rows}} WHERE {" AND ".join(f"{table}.{name} = r.{name}" for name in fields)}""",
+        f"""UPDATE {table} SET {", ".join(f"{name} = {table}.{name} + {{{name}}}" for name in _ADDED)}
+        {{rows}} WHERE {" AND ".join(f"{table}.{name} = {{{name}}}" for name in fields)}""",
     )
 
 
-_ADD = _adding("rollups", _Heading._fields)
+_ADD = _adding("rollups", _HEADING)
 
 # A row that something is taken from is there already, and a row to be inserted may hold nothing below zero.
-_TAKE = _taking("rollups", _Heading._fields)
+_TAKE = _taking("rollups", _HEADING)
 
-_ADD_TO_DAY = _adding("team_days", _DAY_FIELDS)
-_TAKE_FROM_DAY = _taking("team_days", _DAY_FIELDS)
+_ADD_TO_DAY = _adding("team_days", _DAY)
+_TAKE_FROM_DAY = _taking("team_days", _DAY)
 
 
-def _write(connection: Connection, page: _Page) -> None:
+def _write(driver: Any, page: _Page) -> None:
     """Write what has come together, and forget it: it is in the tables now."""
+    if not (page.ended or page.begun):
+        # Whatever moves does so because a charge begins or ends.
+        return
     moves = [
         (budget_id, start, settled, held)
         for (budget_id, start), (settled, held) in sorted(page.moved.items())
         # A budget that was set after the charge's period has no row for that period, and needs none.
         if settled or held
     ]
-    days: defaultdict[tuple[date, int], _Sums] = defaultdict(_Sums)
-    for heading, sums in page.sums.items():
-        days[heading.day, heading.team_id].add(sums.requests, sums.images, sums.settled, sums.reserved)
+    days: dict[tuple[str, int], _Sums] = {}
+    for heading, amounts in page.sums.items():
+        days[heading[:2]] = _added(days.get(heading[:2]), amounts)
     taken, added = _apart(page.sums)
     taken_of_days, added_to_days = _apart(days)
-    ended = list(page.ended.values())
     counts = write(
-        connection,
+        driver,
         (_TAKE, taken),
         (_TAKE_FROM_DAY, taken_of_days),
         (_ADD, added),
         (_ADD_TO_DAY, added_to_days),
-        (_END, ended),
+        (_END, list(page.ended.values())),
         (_BEGIN, page.begun),
         (_MOVE, moves),
     )
-    if counts[:2] != [len(taken), len(taken_of_days)]:
+    if counts[0] != len(taken) or counts[1] != len(taken_of_days):
         raise RuntimeError("a charge is not part of its day's sums: nothing of this batch is written")
-    page.ended, page.begun, page.moved = {}, [], {}
-    page.sums.clear()
+    page.ended, page.begun, page.moved, page.sums = {}, [], {}, {}
 
 
-def _apart(changes: Mapping[Any, _Sums]) -> tuple[list[tuple[object, ...]], list[tuple[object, ...]]]:
+def _apart(changes: Mapping[Any, _Sums]) -> tuple[list[Row], list[Row]]:
     """Sums by the fields of their row, in order: rows that something is taken from, and rows that are only added to."""
-    taken: list[tuple[object, ...]] = []
-    added: list[tuple[object, ...]] = []
-    for fields, sums in sorted(changes.items(), key=_fields):
-        amounts = (sums.requests, sums.images, sums.settled, sums.reserved)
+    taken: list[Row] = []
+    added: list[Row] = []
+    for fields, amounts in sorted(changes.items()):
         if any(amounts):
             (taken if min(amounts) < 0 else added).append((*fields, *amounts))
     return taken, added
-
-
-def _fields(item: tuple[tuple[Any, ...], _Sums]) -> tuple[Any, ...]:
-    return item[0]

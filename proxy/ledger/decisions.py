@@ -29,7 +29,7 @@ NEXT: dict[State, frozenset[State]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reservation:
     """A request that wants to be sent: what it may cost at most, and who pays. ``timeout_seconds`` is how long its
     exchange may take."""
@@ -45,7 +45,7 @@ class Reservation:
     repeat: Repeatable | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Repeatable:
     """A request that its caller may send again: SHA-256 digests of the idempotency key, and of what came with it."""
 
@@ -53,7 +53,7 @@ class Repeatable:
     body_digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Booking:
     """The end of an exchange, to be written. Writing it twice changes nothing."""
 
@@ -86,7 +86,7 @@ class Balance:
         return self.limit_micro_usd - self.settled_micro_usd - self.held_micro_usd
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Admitted:
     """Held against every budget that applies. ``remaining_micro_usd`` is what the tightest hard budget has left after it,
     ``None`` where there is no hard budget."""

@@ -31,6 +31,9 @@ ANSWER_SECONDS = 5
 CHANGE_SECONDS = 20
 LET_GO_SECONDS = 0.2
 
+# A deferred transaction that reads and then writes fails under a second writer; an immediate one waits its turn.
+_BEGIN_SQLITE = "BEGIN IMMEDIATE"
+
 Answer = TypeVar("Answer")
 
 
@@ -54,7 +57,7 @@ class Database:
         self._writer = _open(parsed, writes=True)
         self._reader = _open(parsed, writes=False)
         self._kept: Connection | None = None
-        self._at_hand = threading.Lock()
+        self._taken = threading.Lock()
         # Not the event loop's own threads: those write the journal and keep bodies, also while the database hangs.
         self._reading_threads = ThreadPoolExecutor(ASKED_AT_ONCE, "ledger-reader")
         self._writing_threads = ThreadPoolExecutor(1, "ledger-writer")
@@ -62,21 +65,43 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction that may write: committed at the end of the block, rolled back by an exception."""
+        with self._at_hand() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def posting(self) -> Iterator[Connection]:
+        """As :meth:`writing`, for what speaks to the driver alone, as the books do. SQLAlchemy is not told of the transaction,
+        which takes it as long as the books' statements take: nothing may be executed through it here."""
+        with self._at_hand() as connection:
+            try:
+                if self.dialect == "sqlite":
+                    with driver_of(connection) as driver:
+                        driver.execute(_BEGIN_SQLITE)
+                # PostgreSQL is told together with the first statements.
+                yield connection
+                with driver_of(connection) as driver:
+                    driver.commit()
+            except BaseException:
+                _roll_back(connection)
+                raise
+
+    @contextmanager
+    def _at_hand(self) -> Iterator[Connection]:
+        """The connection to write on, which nobody else has meanwhile."""
         # To take a connection out of the pool and put it back costs as much as the books' own statements, so one is kept at
         # hand. On SQLite whoever comes second waits for it, since there is one writer anyway; more would poll the file's lock.
-        if not self._at_hand.acquire(timeout=LOCK_WAIT_SECONDS if self.dialect == "sqlite" else 0):
+        if not self._taken.acquire(timeout=LOCK_WAIT_SECONDS if self.dialect == "sqlite" else 0):
             if self.dialect == "sqlite":
                 raise TimeoutError("another thread writes to the database, and does not come to an end")
-            with self._writer.begin() as connection:
+            with self._writer.connect() as connection:
                 yield connection
             return
         try:
             if self._kept is None:
                 self._kept = self._writer.connect()
-            with self._kept.begin():
-                yield self._kept
+            yield self._kept
         finally:
-            self._at_hand.release()
+            self._taken.release()
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -150,13 +175,24 @@ class Database:
         """Give all connections back. None may be in use; what is asked later opens new ones."""
         kept, self._kept = self._kept, None
         if kept is not None:
-            if self._at_hand.locked():
+            if self._taken.locked():
                 # A thread is stuck with it, and nobody waits for that any more: it fails there.
                 self.interrupt(kept)
             with suppress(SQLAlchemyError):
                 kept.close()
         self._writer.dispose()
         self._reader.dispose()
+
+
+def _roll_back(connection: Connection) -> None:
+    """Take back what an exception has ended. A connection on which that fails is of no use any more."""
+    try:
+        if not (connection.closed or connection.invalidated):
+            with driver_of(connection) as driver:
+                driver.rollback()
+    except SQLAlchemyError as error:
+        if not (connection.closed or connection.invalidated):
+            connection.invalidate(error)
 
 
 @contextmanager
@@ -204,9 +240,8 @@ def _open_sqlite(url: URL, *, writes: bool) -> Engine:
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        # A deferred transaction that reads and then writes fails under a second writer; an immediate one waits its turn.
         with driver_of(connection) as driver:
-            driver.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
+            driver.execute(_BEGIN_SQLITE if writes else "BEGIN")
 
     return engine
 
@@ -239,6 +274,9 @@ def _open_postgresql(url: URL, *, writes: bool) -> Engine:
     if writes:
         # Whoever holds locks and has gone quiet lets go. A reader holds none, and may be somebody paging through a listing.
         options["idle_in_transaction_session_timeout"] = 2 * STATEMENT_SECONDS * 1000
+        # The books' statements find their rows by keys, whatever is asked. To plan them anew for each, as the server would
+        # for lists whose length it can't foresee, takes it longer than to carry them out.
+        options["plan_cache_mode"] = "force_generic_plan"
     return create_engine(
         url.set(drivername="postgresql+psycopg"),
         pool_size=1 if writes else 4,
@@ -249,6 +287,11 @@ def _open_postgresql(url: URL, *, writes: bool) -> Engine:
         connect_args={
             "connect_timeout": CONNECT_SECONDS,
             "application_name": "beanmeter",
+            # What the books send past the driver's cursors is in it.
+            "client_encoding": "utf8",
+            # At a rollback the driver has the server forget all prepared statements, those of the books too, once it has
+            # prepared one itself.
+            "prepare_threshold": None if writes else 5,
             "options": " ".join(f"-c {name}={value}" for name, value in options.items()),
             # A server that vanished without a word is noticed by the kernel, not after two hours.
             "keepalives_idle": 5,

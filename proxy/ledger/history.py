@@ -8,69 +8,88 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
-
-from sqlalchemy import ColumnElement, Connection, Row, func, or_, select
+from typing import Any, NamedTuple
 
 from proxy.ledger.decisions import MINUTE, Earlier, Pace, Reservation
-from proxy.ledger.schema import charges, limits
+from proxy.ledger.statements import Question, instant, read, stamp
 
 
-def paces_of(connection: Connection, reservations: Sequence[Reservation], now: datetime) -> defaultdict[int, list[Pace]]:
-    """The limits that may apply to these reservations, by team."""
-    query = (
-        select(limits)
-        .where(
-            limits.c.team_id.in_({job.team_id for job in reservations}),
-            or_(limits.c.key_id.is_(None), limits.c.key_id.in_({job.key_id for job in reservations})),
-        )
-        .order_by(limits.c.id)
-    )
+class Limit(NamedTuple):
+    """How fast and how much at once a team, or one of its keys, may ask."""
+
+    id: int
+    team_id: int
+    key_id: str | None
+    rpm: int | None
+    concurrency: int | None
+
+
+_LATELY = """FROM charges c
+    WHERE c.team_id = l.team_id AND (l.key_id IS NULL OR c.key_id = l.key_id) AND c.created_at > :since"""
+
+# Open charges are few among millions, whosever they are. SQLite goes by their index where a condition repeats the index's
+# own word for word, and where the team, behind a plus, is none to go by.
+_OPEN = """FROM charges c
+    WHERE +c.team_id = l.team_id AND (l.key_id IS NULL OR c.key_id = l.key_id)
+    AND c.state IN ('reserved', 'forwarded', 'review') AND c.state IN ('reserved', 'forwarded')"""
+
+_PACES = Question(
+    {"limits": "bigint[]", "since": "timestamptz"},
+    (
+        (
+            "l.id",
+            f"CASE WHEN l.rpm IS NULL THEN 0 ELSE (SELECT count(*) {_LATELY}) END",
+            f"CASE WHEN l.rpm IS NULL THEN NULL ELSE (SELECT UTC(min(c.created_at)) {_LATELY}) END",
+            f"CASE WHEN l.concurrency IS NULL THEN 0 ELSE (SELECT count(*) {_OPEN}) END",
+        ),
+        "FROM limits l WHERE l.id IN :limits[]",
+    ),
+)
+
+_EARLIER = Question(
+    {"teams": "bigint[]", "digests": "bytea[]"},
+    (
+        (
+            *("team_id", "HEX(idempotency_digest)", "request_id", "HEX(body_digest)", "state"),
+            *("settled_micro_usd", "reserved_micro_usd"),
+        ),
+        "FROM charges WHERE team_id IN :teams[] AND idempotency_digest IN :digests[] AND state <> 'released'",
+    ),
+)
+
+
+def paces_of(driver: Any, limits: Sequence[Limit], now: datetime) -> defaultdict[int, list[Pace]]:
+    """What counts against these limits now, by team."""
     found: defaultdict[int, list[Pace]] = defaultdict(list)
-    for row in connection.execute(query):
-        found[row.team_id].append(_pace(connection, row, now))
+    if not limits:
+        return found
+    (counts,) = read(driver, {"limits": [limit.id for limit in limits], "since": stamp(now - MINUTE)}, _PACES)
+    counted = {limit_id: counts for limit_id, *counts in counts}
+    for limit in limits:
+        recent, oldest, going_on = counted[limit.id]
+        found[limit.team_id].append(
+            Pace(
+                scope="team" if limit.key_id is None else "key",
+                key_id=limit.key_id,
+                rpm=limit.rpm,
+                concurrency=limit.concurrency,
+                recent=recent,
+                oldest=None if oldest is None else instant(oldest),
+                open=going_on,
+            )
+        )
     return found
 
 
-def earlier_charges(connection: Connection, reservations: Iterable[Reservation]) -> dict[tuple[int, bytes], Earlier]:
+def earlier_charges(driver: Any, reservations: Iterable[Reservation]) -> dict[tuple[int, bytes], Earlier]:
     """The charges that hold the reservations' idempotency keys, by team and key digest. None of them is released."""
-    wanted = [job for job in reservations if job.repeat is not None]
+    wanted = {(job.team_id, job.repeat.key_digest) for job in reservations if job.repeat is not None}
     if not wanted:
         return {}
-    query = select(charges).where(
-        charges.c.team_id.in_({job.team_id for job in wanted}),
-        charges.c.idempotency_digest.in_({job.repeat.key_digest for job in wanted if job.repeat is not None}),
-        charges.c.state != "released",
-    )
+    team_ids, digests = ({*members} for members in zip(*wanted, strict=True))
+    given = {"teams": sorted(team_ids), "digests": sorted(digests)}
+    (found,) = read(driver, given, _EARLIER)
     return {
-        (row.team_id, row.idempotency_digest): Earlier(
-            request_id=row.request_id,
-            body_digest=row.body_digest,
-            state=row.state,
-            settled_micro_usd=row.settled_micro_usd,
-            reserved_micro_usd=row.reserved_micro_usd,
-        )
-        for row in connection.execute(query)
+        (team_id, bytes.fromhex(digest)): Earlier(request_id, bytes.fromhex(body_digest), state, settled, reserved)
+        for team_id, digest, request_id, body_digest, state, settled, reserved in found
     }
-
-
-def _pace(connection: Connection, limit: Row[Any], now: datetime) -> Pace:
-    scope: list[ColumnElement[bool]] = [charges.c.team_id == limit.team_id]
-    if limit.key_id is not None:
-        scope.append(charges.c.key_id == limit.key_id)
-    recent, oldest, going_on = 0, None, 0
-    if limit.rpm is not None:
-        lately = select(func.count(), func.min(charges.c.created_at)).where(*scope, charges.c.created_at > now - MINUTE)
-        recent, oldest = connection.execute(lately).one()
-    if limit.concurrency is not None:
-        now_open = select(func.count()).where(*scope, charges.c.state.in_(("reserved", "forwarded")))
-        going_on = connection.execute(now_open).scalar_one()
-    return Pace(
-        scope="team" if limit.key_id is None else "key",
-        key_id=limit.key_id,
-        rpm=limit.rpm,
-        concurrency=limit.concurrency,
-        recent=recent,
-        oldest=oldest,
-        open=going_on,
-    )

@@ -2,55 +2,60 @@
 
 Each process has a file of its own, locked for as long as it lives, with room taken from the disk beforehand: an outcome
 must find its place also when the disk has filled up meanwhile. A file that nobody holds any more belongs to a process
-that died; any process on this host may take it over.
+that died; any process on this host may take it over. Beside it lies a file of notes: outcomes on their way to the books.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import structlog
 
+from proxy.ledger import notes
 from proxy.ledger.decisions import Booking
+from proxy.ledger.notes import Notes
 from proxy.outcomes import Outcome
 
 # An outcome takes half a kilobyte: this is room for every exchange that a process can have open, and then some.
 ROOM_BYTES = 8 << 20
 
 SUFFIX = ".journal"
+NOTES_SUFFIX = ".notes"
 
 log = structlog.get_logger(__name__)
 
 
 class Journal:
-    """This process's own file. Only its teller uses it, one thread at a time."""
+    """This process's own files. Only its teller uses them: the journal by one thread at a time, the notes as they say."""
 
     def __init__(self, directory: Path) -> None:
         """Raises ``OSError`` where the directory can't be written or has no room."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / f"{os.getpid()}-{os.urandom(6).hex()}"
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._end = 0
-        self._room = 0
+        self._room = ROOM_BYTES
+        self._path, self._file = _open_own(directory, SUFFIX, ROOM_BYTES)
         try:
-            # Locked before it has the name by which others look for files that nobody holds.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._make_room(ROOM_BYTES)
-            self._path = self._path.rename(self._path.with_suffix(SUFFIX))
-            _sync_directory(directory)
-        except OSError as error:
-            self.close()
-            # Not every call says what it was about, and the operator has to know which disk.
-            error.filename = str(directory)
+            self._notes_path, self._notes_file = _open_own(directory, NOTES_SUFFIX, notes.FILE_BYTES)
+        except OSError:
+            _give_up(self._path, self._file)
             raise
+        self._notes = Notes(self._notes_file)
+
+    def note(self, booking: Booking) -> int | None:
+        """Keep an outcome until it is booked, without a sync; the number of the note, ``None`` where it finds no place."""
+        return self._notes.write(_encode(booking))
+
+    def erase(self, note: int) -> None:
+        """Forget a note: its outcome is booked, or in the journal."""
+        self._notes.erase(note)
 
     def write(self, bookings: Iterable[Booking]) -> None:
         """Append outcomes; they are on the disk when this returns. Raises ``OSError`` when they are not."""
@@ -75,15 +80,46 @@ class Journal:
         return self._end == 0
 
     def close(self) -> None:
-        """Give the file up, and remove it where nothing is left in it."""
+        """Give the files up, and remove those in which nothing is left."""
+        if self._notes.empty:
+            self._notes_path.unlink(missing_ok=True)
+        self._notes.close()
+        os.close(self._notes_file)
         if self._end == 0:
             self._path.unlink(missing_ok=True)
         os.close(self._file)
 
     def _make_room(self, size: int) -> None:
-        os.posix_fallocate(self._file, 0, size)
-        os.fsync(self._file)
+        _take_room(self._file, size)
         self._room = size
+
+
+def _open_own(directory: Path, suffix: str, size: int) -> tuple[Path, int]:
+    """A new file of this process's, locked, with its room taken from the disk: its path and descriptor. Raises ``OSError``."""
+    path = directory / f"{os.getpid()}-{os.urandom(6).hex()}"
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        # Locked before it has the name by which others look for files that nobody holds.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take_room(file, size)
+        path = path.rename(path.with_suffix(suffix))
+        _sync_directory(directory)
+    except OSError as error:
+        _give_up(path, file)
+        # Not every call says what it was about, and the operator has to know which disk.
+        error.filename = str(directory)
+        raise
+    return path, file
+
+
+def _give_up(path: Path, file: int) -> None:
+    path.unlink(missing_ok=True)
+    os.close(file)
+
+
+def _take_room(file: int, size: int) -> None:
+    os.posix_fallocate(file, 0, size)
+    os.fsync(file)
 
 
 @contextmanager
@@ -92,12 +128,12 @@ def abandoned(directory: Path) -> Iterator[list[Booking]]:
     taken: list[tuple[Path, int]] = []
     bookings: list[Booking] = []
     try:
-        for path in sorted(directory.glob(f"*{SUFFIX}")):
+        for path in sorted((*directory.glob(f"*{SUFFIX}"), *directory.glob(f"*{NOTES_SUFFIX}"))):
             file = _take(path)
             if file is None:
                 continue
             try:
-                bookings.extend(list(_read(file)))
+                bookings.extend(_read_notes(file) if path.suffix == NOTES_SUFFIX else list(_read(file)))
             except (ValueError, TypeError, KeyError):
                 # Whole, and not of a shape that this release knows. It is kept for the one that does, and keeps no other out.
                 log.critical("journal_not_understood", file=path.name)
@@ -126,8 +162,18 @@ def _take(path: Path) -> int | None:
 
 
 def _encode(booking: Booking) -> bytes:
-    text = json.dumps(asdict(booking), separators=(",", ":")).encode("ascii")
+    # As dataclasses.asdict has it, which copies all of it.
+    fields = {name: getattr(booking, name) for name in _BOOKING}
+    fields["outcome"] = {name: getattr(booking.outcome, name) for name in _OUTCOME}
+    text = _to_json(fields).encode("ascii")
     return b"%08x %s\n" % (crc32(text), text)
+
+
+_BOOKING = tuple(field.name for field in dataclasses.fields(Booking))
+_OUTCOME = tuple(field.name for field in dataclasses.fields(Outcome))
+
+# Made once: json.dumps makes an encoder at each call that asks for anything but its own.
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _read(file: int) -> Iterator[Booking]:
@@ -135,11 +181,23 @@ def _read(file: int) -> Iterator[Booking]:
     with os.fdopen(os.dup(file), "rb") as lines:
         lines.seek(0)
         for line in lines:
-            checksum, _, text = line.rstrip(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or checksum != b"%08x" % crc32(text):
+            booking = _decode(line)
+            if booking is None:
                 return
-            fields: dict[str, Any] = json.loads(text)
-            yield Booking(**{**fields, "outcome": Outcome(**fields["outcome"])})
+            yield booking
+
+
+def _read_notes(file: int) -> list[Booking]:
+    """The outcomes that were noted; a note that was never finished is none."""
+    return [booking for booking in map(_decode, notes.lines_of(file)) if booking is not None]
+
+
+def _decode(line: bytes) -> Booking | None:
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or checksum != b"%08x" % crc32(text):
+        return None
+    fields: dict[str, Any] = json.loads(text)
+    return Booking(**{**fields, "outcome": Outcome(**fields["outcome"])})
 
 
 def _write_at(file: int, data: bytes, at: int) -> None:

@@ -2,8 +2,10 @@
 
 For the one transaction that every request waits for. SQLAlchemy's statements, which everything else uses, are built, keyed
 and compiled at each use. SQLite's driver moreover lets go of the interpreter at each row, and has to wait for its turn to
-have it back; PostgreSQL is as far away as its network. So what is read comes as one row, and what is written goes as one
-parameter: docs/performance.md has the figures. SQLAlchemy's connections, transactions and errors are used here too.
+have it back; PostgreSQL is as far away as its network. So what is read comes as one row of JSON, and what is written to a
+table goes in one statement: docs/performance.md has the figures.
+
+They know no dates and no instants: a day is the text ``2026-11-22``, and an instant is what :func:`stamp` makes of it.
 """
 
 from __future__ import annotations
@@ -11,124 +13,187 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sqlite3
 from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
+from itertools import chain
 from typing import Any, Literal
 
-from sqlalchemy import Connection
+Type = Literal["text", "bigint", "boolean", "timestamptz", "date", "bytea", "text[]", "bigint[]", "bytea[]", "json"]
+Row = Sequence[object]
 
-from proxy.ledger.engine import driver_of
-
-Type = Literal["text", "bigint", "boolean", "timestamptz", "date", "bytea"]
-
-_BEYOND = 1 << 63
-
-# Up to so many rows SQLite takes them one by one in two thirds of the time, and seldom gives the interpreter away.
-FEW_ROWS = 4
+# At once, on SQLite: a statement may have 32766 parameters.
+ROWS_MAX = 256
 
 _LIST = re.compile(r"\bIN :(\w+)\[\]")
 _NAME = re.compile(r"(?<![:\w]):(\w+)")
+_UTC = re.compile(r"\bUTC\(([\w.]+|min\([\w.]+\))\)")
+_HEX = re.compile(r"\bHEX\(([\w.]+)\)")
+
+
+class Lock:
+    """What PostgreSQL is told of rows before they are read; SQLite has one writer anyway."""
+
+    def __init__(self, parameters: Mapping[str, Type], sql: str) -> None:
+        self.parameters = parameters
+        self.postgresql = _numbered(sql, parameters)
 
 
 class Question:
-    """A SELECT: what is selected, by name, and everything behind it. ``:name`` stands for a parameter, ``IN :name[]`` for a
-    list of whole numbers or of texts. ``lock`` is what PostgreSQL is told of the rows; SQLite has one writer anyway."""
+    """Several SELECTs that are asked as one, each as its columns and what stands behind SELECT and them.
 
-    def __init__(self, columns: Mapping[str, str], source: str, lock: str = "") -> None:
-        sql = f"SELECT {', '.join(f'{selected} AS {name}' for name, selected in columns.items())} {source}"
-        self.postgresql = _NAME.sub(r"%(\1)s", _LIST.sub(r"= ANY(:\1)", f"{sql} {lock}"))
-        listed = _LIST.sub(r"IN (SELECT value FROM json_each(:\1))", sql)
-        self.sqlite = f"(SELECT json_group_array(json_array({', '.join(columns)})) FROM ({listed}))"
+    ``:name`` stands for a parameter of the named type, ``IN :name[]`` for a list of them, ``UTC(column)`` for an instant and
+    ``HEX(column)`` for the digits of bytes. The rows of each come in no order.
+    """
+
+    def __init__(self, parameters: Mapping[str, Type], *selects: tuple[Sequence[str], str]) -> None:
+        self.parameters = parameters
+        self._sqlite: dict[tuple[bool, ...], str] = {}
+        parts = [f"(SELECT json_group_array(json_array({', '.join(columns)})) {source})" for columns, source in selects]
+        together = " || ',' || ".join(parts)
+        sql = f"SELECT '[' || {together} || ']'"
+        self._of_sqlite = _HEX.sub(r"iif(\1 IS NULL, NULL, lower(hex(\1)))", _UTC.sub(r"\1", sql))
+        parts = [
+            f"(SELECT coalesce(json_agg(json_build_array({', '.join(columns)})), '[]') {source})" for columns, source in selects
+        ]
+        sql = f"SELECT json_build_array({', '.join(parts)})"
+        sql = _HEX.sub(r"encode(\1, 'hex')", _UTC.sub(r"(\1 AT TIME ZONE 'UTC')", sql))
+        self.postgresql = _numbered(sql, parameters)
+
+    def sqlite(self, single: tuple[bool, ...]) -> str:
+        """Its words where these parameters are lists of one: to take a list apart takes longer than to look for its member."""
+        sql = self._sqlite.get(single)
+        if sql is None:
+            sql = self._sqlite[single] = _LIST.sub(functools.partial(self._listed, single), self._of_sqlite)
+        return sql
+
+    def _listed(self, single: tuple[bool, ...], found: re.Match[str]) -> str:
+        name = found[1]
+        if single[list(self.parameters).index(name)]:
+            return f"IN (:{name})"
+        return f"IN (SELECT {'from_hex(value)' if self.parameters[name] == 'bytea[]' else 'value'} FROM json_each(:{name}))"
 
 
 class Change:
-    """An INSERT or UPDATE of many rows at once: ``{rows}`` is a table of them called ``r``, with these columns."""
+    """An INSERT or UPDATE of many rows at once, with these columns. ``{name}`` is a row's value, and ``{rows}`` stands where
+    a FROM would: behind the selected values of an INSERT, or what an UPDATE sets. The first column is never null."""
 
     def __init__(self, columns: Mapping[str, Type], sql: str) -> None:
-        listed = [
-            f"{_FROM_JSON.get(kind, '{}').format(f'json_extract(value, {_place(at)})')} AS {name}"
-            for at, (name, kind) in enumerate(columns.items())
-        ]
-        self.sqlite = sql.format(rows=f"(SELECT {', '.join(listed)} FROM json_each(:rows)) AS r")
-        self.sqlite_each = sql.format(rows=f"(SELECT {', '.join(f'? AS {name}' for name in columns)}) AS r")
+        self._columns = tuple(columns)
+        self._sql = sql
+        self._sqlite: dict[int, str] = {}
         cast = [
             f"{_CAST.get(kind, '({})::' + kind).format(f'value->>{at}')} AS {name}"
             for at, (name, kind) in enumerate(columns.items())
         ]
-        self.postgresql = sql.format(rows=f"(SELECT {', '.join(cast)} FROM json_array_elements(%(rows)s::json)) AS r")
+        rows = f"(SELECT {', '.join(cast)} FROM json_array_elements($1::json))"
+        self.postgresql = self._from(rows).encode(), ("json",)
+        self.sqlite_each = self._each("?")
+        self.postgresql_each = self._each("$").encode(), tuple(columns.values())
+
+    def sqlite(self, count: int) -> tuple[str, int]:
+        """Its words for so many rows or some more, and how many parameters they take; rows of nulls are passed over. Numbers
+        of rows are rounded up to powers of two: the driver keeps about a hundred statements ready."""
+        doublings = (count - 1).bit_length()
+        sql = self._sqlite.get(doublings)
+        if sql is None:
+            names = ", ".join(f"column{at} AS {name}" for at, name in enumerate(self._columns, 1))
+            row = f"({', '.join('?' * len(self._columns))})"
+            rows = f"(SELECT {names} FROM (VALUES {', '.join([row] * 2**doublings)}) WHERE column1 IS NOT NULL)"
+            sql = self._sqlite[doublings] = self._from(rows)
+        return sql, len(self._columns) << doublings
+
+    def _each(self, mark: str) -> str:
+        return self._sql.format(rows="", **{name: f"{mark}{at}" for at, name in enumerate(self._columns, 1)})
+
+    def _from(self, rows: str) -> str:
+        return self._sql.format(rows=f"FROM {rows} AS r", **{name: f"r.{name}" for name in self._columns})
 
 
 # What JSON has no type for: bytes are in hexadecimal digits, instants are UTC without saying so.
-_FROM_JSON: Mapping[Type, str] = {"bytea": "from_hex({})"}
 _CAST: Mapping[Type, str] = {"bytea": "decode({}, 'hex')", "timestamptz": "({})::timestamp AT TIME ZONE 'UTC'"}
 
 
-def _place(at: int) -> str:
-    return f"'$[{at}]'"
+def _numbered(sql: str, parameters: Mapping[str, Type]) -> tuple[bytes, tuple[Type, ...]]:
+    """A statement of PostgreSQL's, and the types of its parameters."""
+    names = list(parameters)
+    words = _NAME.sub(lambda found: f"${names.index(found[1]) + 1}", _LIST.sub(r"= ANY(:\1)", sql))
+    return words.encode(), tuple(parameters.values())
 
 
-def read(connection: Connection, parameters: Mapping[str, object], *questions: Question) -> list[list[Any]]:
-    """The rows that each question finds. An instant is read with :func:`instant`."""
-    with driver_of(connection) as driver:
-        if connection.dialect.name == "sqlite":
-            stored = {name: _stored(value) for name, value in parameters.items()}
-            (found,) = driver.execute(_all_of(questions), stored).fetchall()
-            return [json.loads(rows) for rows in found]
-        with driver.pipeline():
-            cursors = [driver.execute(question.postgresql, parameters) for question in questions]
-        return [cursor.fetchall() for cursor in cursors]
+def read(driver: Any, given: Mapping[str, Any], question: Question, lock: Lock | None = None) -> list[list[list[Any]]]:
+    """The rows that each part of the question finds, on the driver's own connection. The lock is taken first, by a statement
+    of its own: one that waited for it would still read what was there before."""
+    if isinstance(driver, sqlite3.Connection):
+        return _read_sqlite(driver, given, question)
+    from proxy.ledger import pipeline
+
+    asked = [(one.postgresql, [given[name] for name in one.parameters]) for one in (lock, question) if one is not None]
+    value = pipeline.ask(driver, *asked)[-1].get_value(0, 0)
+    assert value is not None
+    rows: list[list[list[Any]]] = json.loads(value)
+    return rows
 
 
-def write(connection: Connection, *changes: tuple[Change, Sequence[Sequence[object]]]) -> list[int]:
+def _read_sqlite(driver: sqlite3.Connection, given: Mapping[str, Any], question: Question) -> list[list[list[Any]]]:
+    stored: dict[str, object] = {}
+    single = []
+    for name in question.parameters:
+        value = given[name]
+        several = type(value) is list
+        single.append(several and len(value) == 1)
+        stored[name] = (value[0] if single[-1] else _encode(value)) if several else value
+    (found,) = driver.execute(question.sqlite(tuple(single)), stored).fetchall()
+    rows: list[list[list[Any]]] = json.loads(found[0])
+    return rows
+
+
+def write(driver: Any, *changes: tuple[Change, Sequence[Row]]) -> list[int]:
     """Carry out each change for all of its rows, in order; how many rows of the table it touched. No rows, no statement.
 
-    Raises ``OverflowError`` for a number that no column can hold: SQLite would make one with a fraction of it.
+    Raises ``OverflowError`` for a number that no column of SQLite's can hold.
     """
-    for _, rows in changes:
-        if any(type(value) is int and not -_BEYOND <= value < _BEYOND for row in rows for value in row):
-            raise OverflowError("a number of more than 64 bits")
-    with driver_of(connection) as driver:
-        if connection.dialect.name == "sqlite":
-            return [_write_sqlite(driver, change, rows) if rows else 0 for change, rows in changes]
-        with driver.pipeline():
-            cursors = [driver.execute(change.postgresql, {"rows": _encode(rows)}) if rows else None for change, rows in changes]
-        return [cursor.rowcount if cursor else 0 for cursor in cursors]
+    if isinstance(driver, sqlite3.Connection):
+        return [_write_sqlite(driver, change, rows) if rows else 0 for change, rows in changes]
+    from proxy.ledger import pipeline
+
+    asked = [
+        (change.postgresql_each, rows[0]) if len(rows) == 1 else (change.postgresql, (_encode(rows),))
+        for change, rows in changes
+        if rows
+    ]
+    counts = iter([result.command_tuples or 0 for result in pipeline.ask(driver, *asked)] if asked else [])
+    return [next(counts) if rows else 0 for _, rows in changes]
 
 
-def _write_sqlite(driver: Any, change: Change, rows: Sequence[Sequence[object]]) -> int:
-    if len(rows) > FEW_ROWS:
-        cursor = driver.execute(change.sqlite, {"rows": _encode(rows)})
-    else:
-        plain = [[_plain(value) if isinstance(value, date) else value for value in row] for row in rows]
-        cursor = driver.executemany(change.sqlite_each, plain)
-    count: int = cursor.rowcount
+def _write_sqlite(driver: sqlite3.Connection, change: Change, rows: Sequence[Row]) -> int:
+    if len(rows) == 1:
+        return driver.execute(change.sqlite_each, rows[0]).rowcount
+    count = 0
+    for start in range(0, len(rows), ROWS_MAX):
+        some = rows[start : start + ROWS_MAX]
+        sql, places = change.sqlite(len(some))
+        values = [*chain.from_iterable(some)]
+        values += [None] * (places - len(values))
+        count += driver.execute(sql, values).rowcount
     return count
 
 
-def instant(value: datetime | str) -> datetime:
-    """An instant as a row has it: PostgreSQL's driver reads it, SQLite keeps UTC as text."""
-    return datetime.fromisoformat(value).replace(tzinfo=UTC) if isinstance(value, str) else value.astimezone(UTC)
+def stamp(at: datetime) -> str:
+    """An instant as the statements take it: UTC, as SQLite has it by the schema. Its first ten letters are its day."""
+    return at.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
-@functools.cache
-def _all_of(questions: tuple[Question, ...]) -> str:
-    """One SELECT for all of them."""
-    return f"SELECT {', '.join(question.sqlite for question in questions)}"
+def instant(stamped: str) -> datetime:
+    """The instant that a row has, as either database writes it."""
+    return datetime.fromisoformat(stamped).replace(tzinfo=UTC)
 
 
-def _stored(value: object) -> object:
-    return _encode(value) if isinstance(value, list) else value.isoformat() if isinstance(value, date) else value
-
-
-def _plain(value: object) -> str:
-    """A value that JSON has no type for, in the schema's own spelling."""
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
-    if isinstance(value, date):
-        return value.isoformat()
+def _hex(value: object) -> str:
+    """JSON has no type for bytes."""
     assert isinstance(value, bytes)
     return value.hex()
 
 
 # Made once: json.dumps makes an encoder at each call that asks for anything but its own.
-_encode = json.JSONEncoder(default=_plain, separators=(",", ":")).encode
+_encode = json.JSONEncoder(default=_hex, separators=(",", ":")).encode

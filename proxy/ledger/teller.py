@@ -32,6 +32,13 @@ Step = Literal["reserve", "book", "read"]
 # One transaction stays short enough for the next process to have its turn at the same rows.
 BATCH_JOBS_MAX = 256
 
+# A booking that nobody waits for may wait so long for the next reservation, whose transaction takes it along: one sync in
+# place of two.
+COMPANY_SECONDS = 0.01
+
+# What is not committed after so long is made safe in the journal, if nobody else sees to that; looked for as often as that.
+SAFE_SECONDS = 0.5
+
 # Beyond this many waiting reservations an answer would come too late to be of use.
 WAITING_MAX = 10_000
 
@@ -71,6 +78,9 @@ class _Book:
     job: Booking
     answer: asyncio.Future[None] | None = None
     journaled: bool = False
+    # Where it is noted, and when it was, as the event loop tells the time: of a booking that nobody waits for.
+    note: int | None = None
+    left_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -111,6 +121,10 @@ class Teller:
         self._clock = clock
         self._observer = observer
         self._waiting: queue.SimpleQueue[_Reserve | _Book | None] = queue.SimpleQueue()
+        # Bookings that nobody waits for.
+        self._unhurried: deque[_Book] = deque()
+        self._hurrying: asyncio.TimerHandle | None = None
+        self._securing: asyncio.Task[None] | None = None
         self._unwritten: deque[_Book] = deque()
         # What was handed in to be booked and is not committed yet, by the identity of the job: one charge can have several,
         # such as its exchange's and the sweep's, and they may say different things.
@@ -134,7 +148,7 @@ class Teller:
     def reserve(self, job: Reservation) -> asyncio.Future[Decision]:
         """Hold the amount against every budget that applies, and mark the charge as forwarded, in one commit.
 
-        The future raises :class:`LedgerDown`. Whoever stops waiting for it calls :meth:`withdraw`.
+        The future raises :class:`LedgerDown`. Whoever waits no longer calls :meth:`expire`, or :meth:`withdraw`.
         """
         item = _Reserve(job, self._loop.create_future())
         if self._closing or self._waiting.qsize() > WAITING_MAX:
@@ -142,6 +156,11 @@ class Teller:
         else:
             self._waiting.put(item)
         return item.answer
+
+    def expire(self, answer: asyncio.Future[Decision]) -> None:
+        """Give a reservation up whose answer has taken too long: nothing stays held."""
+        if not answer.done():
+            answer.set_exception(LedgerDown())
 
     def withdraw(self, job: Reservation, answer: asyncio.Future[Decision]) -> None:
         """Take a reservation back that nothing was sent for: nothing stays held, whether it is committed by now or not."""
@@ -161,9 +180,42 @@ class Teller:
         self._waiting.put(item)
         return answer
 
-    async def secure(self, job: Booking) -> None:
-        """Write a booking that takes its time to the journal now, beside the thread that may be stuck with it."""
-        await asyncio.to_thread(self._secure, job)
+    def leave(self, job: Booking) -> bool:
+        """Take note of the end of an exchange that nobody has to wait for, and see to it that it is booked; False where
+        somebody has to, since it can't be noted, or the ledger is away.
+
+        A note outlives this process. The booking goes along with the next reservation, or by itself after a moment.
+        """
+        note = None if self._journal is None or self.behind or self._closing else self._journal.note(job)
+        if note is None:
+            return False
+        item = _Book(job, self._loop.create_future(), note=note, left_at=self._loop.time())
+        self._unbooked_yet[id(job)] = item
+        self._unhurried.append(item)
+        if self._hurrying is None:
+            self._hurrying = self._loop.call_later(COMPANY_SECONDS, self._hurry)
+        return True
+
+    def _hurry(self) -> None:
+        """On the loop: have what nobody waits for written now."""
+        if self._hurrying is not None:
+            self._hurrying.cancel()
+            self._hurrying = None
+        if self._unhurried:
+            self._waiting.put(None)
+
+    async def settled(self, seconds: float) -> None:
+        """Wait until all that was handed in to be booked by now is committed or in the journal, but no longer than so long:
+        who asks what the books say finds what this process has told its clients."""
+        self._hurry()
+        answers = [item.answer for item in list(self._unbooked_yet.values())]
+        waiting = [answer for answer in answers if answer is not None and not answer.done()]
+        if waiting:
+            await asyncio.wait(waiting, timeout=seconds)
+
+    async def secure(self, *jobs: Booking) -> None:
+        """Write bookings that take their time to the journal now, beside the thread that may be stuck with them."""
+        await asyncio.to_thread(self._secure, jobs)
 
     @property
     def _outstanding(self) -> int:
@@ -198,7 +250,7 @@ class Teller:
                 self._write(batch)
                 # Not before all of the batch has its place: what of it was written singly must not wipe out the rest.
                 self._clear_journal()
-            if self._closing and self._waiting.empty():
+            if self._closing and self._waiting.empty() and not self._unhurried:
                 if not self._unwritten:
                     return
                 if time.monotonic() > self._give_up_at:
@@ -211,13 +263,16 @@ class Teller:
         try:
             item = self._waiting.get(timeout=self._patience())
             while item is not None:
-                if not (isinstance(item, _Reserve) and item.answer.cancelled()):
+                # What nobody waits for any more is answered before its turn has come.
+                if not (isinstance(item, _Reserve) and item.answer.done()):
                     batch.add(item)
                 if len(batch.reserves) + len(batch.books) >= BATCH_JOBS_MAX:
                     break
                 item = self._waiting.get_nowait()
         except queue.Empty:
             pass
+        while self._unhurried and len(batch.books) < BATCH_JOBS_MAX:
+            batch.books.append(self._unhurried.popleft())
         if self._unwritten and time.monotonic() >= self._retry_at:
             while self._unwritten and len(batch.books) < BATCH_JOBS_MAX:
                 batch.books.append(self._unwritten.popleft())
@@ -233,7 +288,7 @@ class Teller:
         self._writing_since = time.monotonic()
         committing = False
         try:
-            with self._database.writing() as connection:
+            with self._database.posting() as connection:
                 self._connection = connection
                 reservations = [item.job for item in batch.reserves]
                 decisions = post(connection, reservations, [item.job for item in batch.books], self._clock())
@@ -252,9 +307,8 @@ class Teller:
             self._write_singly(batch, error)
         else:
             self._retry_seconds = RETRY_SECONDS_FIRST
-            for item in batch.books:
-                self._unbooked_yet.pop(id(item.job), None)
-            withdrawn = [item for item in batch.reserves if item.answer.cancelled()]
+            self._forget(batch.books)
+            withdrawn = [item for item in batch.reserves if item.answer.done()]
             self._unwritten.extend(_void(item.job) for item in withdrawn)
             self._answer(batch, decisions)
             seconds = time.perf_counter() - started
@@ -263,6 +317,17 @@ class Teller:
         finally:
             self._connection = None
             self._writing_since = float("inf")
+
+    def _forget(self, items: Sequence[_Book]) -> None:
+        """They have come to their end: booked, or refused for good."""
+        for item in items:
+            self._unbooked_yet.pop(id(item.job), None)
+            self._erase(item)
+
+    def _erase(self, item: _Book) -> None:
+        note, item.note = item.note, None
+        if note is not None and self._journal is not None:
+            self._journal.erase(note)
 
     def _tell(self, observe: Callable[..., None], *what: object) -> None:
         try:
@@ -277,10 +342,10 @@ class Teller:
 
         def deliver() -> None:
             for item, decision in answers:
-                if item.answer.cancelled():
-                    # Withdrawn since the commit; once more does no harm.
+                if item.answer.done():
+                    # Given up since the commit; to let it go twice does no harm.
                     self._waiting.put(_void(item.job))
-                elif not item.answer.done():
+                else:
                     item.answer.set_result(decision)
             for booked in done:
                 if not booked.done():
@@ -302,8 +367,7 @@ class Teller:
         for step in batch.steps:
             self._tell(self._observer.failed, step)
         self._refuse(batch.reserves)
-        for item in batch.books:
-            self._unbooked_yet.pop(id(item.job), None)
+        self._forget(batch.books)
         self._answer(_Batch(books=batch.books), [])
 
     def _fail(self, batch: _Batch, error: Exception, *, committing: bool) -> None:
@@ -329,11 +393,12 @@ class Teller:
         with self._journal_lock:
             self._journalise(new)
 
-    def _secure(self, job: Booking) -> None:
+    def _secure(self, jobs: Sequence[Booking]) -> None:
         with self._journal_lock:
-            item = self._unbooked_yet.get(id(job))
-            if self._journal is not None and item is not None and not item.journaled:
-                self._journalise([item])
+            found = [self._unbooked_yet.get(id(job)) for job in jobs]
+            items = [item for item in found if item is not None and not item.journaled]
+            if self._journal is not None and items:
+                self._journalise(items)
 
     def _journalise(self, items: Sequence[_Book]) -> None:
         assert self._journal is not None
@@ -345,6 +410,7 @@ class Teller:
             return
         for item in items:
             item.journaled = True
+            self._erase(item)
         self._tell(self._unbooked, self._outstanding)
         self._answer(_Batch(books=list(items)), [])
 
@@ -375,12 +441,17 @@ class Teller:
             self._call(deliver)
 
     def _watch(self) -> None:
-        """On the loop: let go of a server that has frozen in the middle of a transaction."""
+        """On the loop: let go of a server that has frozen in the middle of a transaction, and make safe what waits for it."""
         connection = self._connection
         if time.monotonic() - self._writing_since > FROZEN_SECONDS and connection is not None:
             log.error("ledger_frozen", seconds=FROZEN_SECONDS)
             self._database.interrupt(connection)
-        self._watching = self._loop.call_later(1.0, self._watch)
+        self._watching = self._loop.call_later(SAFE_SECONDS, self._watch)
+        late = self._loop.time() - SAFE_SECONDS
+        # The list is a copy: the thread takes out of it meanwhile.
+        left = [item for item in list(self._unbooked_yet.values()) if item.note is not None and item.left_at < late]
+        if left and (self._securing is None or self._securing.done()):
+            self._securing = self._loop.create_task(self.secure(*(item.job for item in left)))
 
     def _call(self, deliver: Callable[[], None]) -> None:
         try:

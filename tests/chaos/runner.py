@@ -110,7 +110,7 @@ def _watch(come_by: Come) -> None:
 
 def _watch_commits(come_by: Come) -> None:
     post = teller.post  # type: ignore[attr-defined]
-    writing = Database.writing
+    posting = Database.posting
     transaction = threading.local()
 
     def watched_post(
@@ -124,15 +124,15 @@ def _watch_commits(come_by: Come) -> None:
         return decisions
 
     @contextmanager
-    def watched_writing(self: Database) -> Iterator[Connection]:
+    def watched_posting(self: Database) -> Iterator[Connection]:
         transaction.steps = []
-        with writing(self) as connection:
+        with posting(self) as connection:
             yield connection
         for step in transaction.steps[1::2]:
             come_by(step)
 
     teller.post = watched_post  # type: ignore[attr-defined]
-    Database.writing = watched_writing  # type: ignore[method-assign]
+    Database.posting = watched_posting  # type: ignore[method-assign]
 
 
 def _watch_journal(come_by: Come) -> None:
@@ -147,13 +147,13 @@ def _watch_journal(come_by: Come) -> None:
 
 
 def _watch_upstream(come_by: Come) -> None:
-    post, pieces = Upstream.post, Answer.pieces
+    post, piece = Upstream.post, Answer.piece
 
     async def watched_post(
-        self: Upstream, path: str, query: bytes, headers: Headers, body: Callable[[], AsyncIterator[bytes]]
+        self: Upstream, path: bytes, query: bytes, headers: Headers, body: bytes | AsyncIterator[bytes]
     ) -> Answer:
         async def watched_body() -> AsyncIterator[bytes]:
-            async for piece in body():
+            async for piece in _pieces_of(body):
                 half = len(piece) // 2
                 yield piece[:half]
                 come_by(IN_SEND)
@@ -161,18 +161,25 @@ def _watch_upstream(come_by: Come) -> None:
             come_by(AFTER_SEND)
 
         come_by(BEFORE_SEND)
-        answer = await post(self, path, query, headers, watched_body)
+        answer = await post(self, path, query, headers, watched_body())
         come_by(AFTER_HEAD)
         return answer
 
-    async def watched_pieces(self: Answer) -> AsyncIterator[bytes]:
-        async for piece in pieces(self):
-            come_by(AFTER_FIRST_BYTE)
-            yield piece
-        come_by(AFTER_LAST_BYTE)
+    async def watched_piece(self: Answer) -> bytes | None:
+        found = await piece(self)
+        come_by(AFTER_LAST_BYTE if found is None else AFTER_FIRST_BYTE)
+        return found
 
     Upstream.post = watched_post  # type: ignore[method-assign]
-    Answer.pieces = watched_pieces  # type: ignore[method-assign]
+    Answer.piece = watched_piece  # type: ignore[method-assign]
+
+
+async def _pieces_of(body: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    if isinstance(body, bytes):
+        yield body
+    else:
+        async for piece in body:
+            yield piece
 
 
 def _watch_sweep(come_by: Come) -> None:

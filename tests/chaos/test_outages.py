@@ -75,7 +75,7 @@ def test_a_server_that_freezes(breakable_postgres: Server, tmp_path: Path) -> No
             with breakable_postgres.frozen():
                 # What was sent gets its answer, and its outcome is safe; nothing else is sent.
                 assert [answer.result() for answer in answers] == [200]
-                assert journaled(team.state_dir) == 1
+                assert wait_for(lambda: journaled(team.state_dir) == 1 or None)
                 assert [team.order(gateway.base_url) for _ in range(2)] == ["ledger_unavailable"] * 2
                 with team.client(gateway.base_url) as client:
                     root = gateway.base_url.removesuffix("/v1")
@@ -93,7 +93,7 @@ def test_a_server_that_freezes(breakable_postgres: Server, tmp_path: Path) -> No
 
 def journaled(state_dir: Path) -> int:
     """How many outcomes are in the journals."""
-    return sum(file.read_bytes().count(b'"charge_id":') for file in (state_dir / "journal").iterdir())
+    return sum(file.read_bytes().count(b'"charge_id":') for file in (state_dir / "journal").glob("*.journal"))
 
 
 @pytest.mark.postgres
@@ -102,6 +102,7 @@ def test_a_commit_that_is_not_answered(postgres_database: str, tmp_path: Path, c
     with Wire(postgres_database) as wire, live_gateway(wire.url, tmp_path) as (gateway, upstream):
         gateway.set_budget(10**9, "total")
         assert gateway.client.post("/images/generations", json=ORDER).status_code == 200
+        gateway.settle()
         # The hold's commit.
         wire.cut_next_commit(cut)
         refused = gateway.client.post("/images/generations", json=ORDER)

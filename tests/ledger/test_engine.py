@@ -101,6 +101,70 @@ def test_writers_of_one_database_take_turns(ledger: Ledger) -> None:
         assert connection.exec_driver_sql("SELECT value FROM marks").scalar() == "40"
 
 
+def marks(ledger: Ledger) -> list[str]:
+    with ledger.database.reading() as connection:
+        return [row[0] for row in connection.execute(text("SELECT name FROM marks WHERE value = 'test' ORDER BY name"))]
+
+
+def put_mark(connection: Connection, name: str) -> None:
+    with driver_of(connection) as driver:
+        driver.execute(f"INSERT INTO marks (name, value) VALUES ('{name}', 'test')")
+
+
+def test_what_is_posted_is_there_or_taken_back(ledger: Ledger) -> None:
+    database = ledger.database
+
+    def fail_late() -> None:
+        with database.posting() as connection:
+            put_mark(connection, "late")
+            raise ZeroDivisionError
+
+    def fail_in_the_middle() -> None:
+        with database.posting() as connection:
+            put_mark(connection, "middle")
+            put_mark(connection, "middle")
+
+    for number in range(3):
+        with pytest.raises(ZeroDivisionError):
+            fail_late()
+        with pytest.raises(IntegrityError):
+            fail_in_the_middle()
+        with database.posting() as connection:
+            put_mark(connection, f"posted {number}")
+        # The same connection serves both kinds of transaction, in turns.
+        with database.writing() as other:
+            assert other is connection
+            put_mark(other, f"written {number}")
+    assert marks(ledger) == [f"{how} {number}" for how in ("posted", "written") for number in range(3)]
+
+
+def test_a_commit_that_is_refused_leaves_nothing_and_no_transaction(ledger: Ledger) -> None:
+    database = ledger.database
+    sqlite = database.dialect == "sqlite"
+    with database.writing() as connection:
+        if sqlite:
+            late = "PRAGMA defer_foreign_keys = ON"
+        else:
+            connection.execute(text("ALTER TABLE session_teams ALTER CONSTRAINT fk_session_teams_team_id DEFERRABLE"))
+            late = "SET CONSTRAINTS ALL DEFERRED"
+        digest = "zeroblob(32)" if sqlite else "decode(repeat('00', 32), 'hex')"
+        row = f"{digest}, 'admin', '2026-11-22', '2026-11-22', '2026-11-22'"
+        connection.execute(text(f"INSERT INTO sessions (digest, role, created_at, seen_at, expires_at) VALUES ({row})"))
+    failed = []
+    try:
+        with database.posting() as connection:
+            put_mark(connection, "refused")
+            with driver_of(connection) as driver:
+                driver.execute(late)
+                driver.execute("INSERT INTO session_teams SELECT digest, 99 FROM sessions")
+    except IntegrityError as error:
+        failed.append(error)
+    assert failed
+    with database.posting() as connection:
+        put_mark(connection, "next")
+    assert marks(ledger) == ["next"]
+
+
 def test_a_row_cannot_point_at_nothing(ledger: Ledger) -> None:
     row = {"id": "key_1", "team_id": 99, "name": "", "digest": b"x" * 32, "last_four": "abcd", "created_at": NOON}
     with pytest.raises(IntegrityError), ledger.database.writing() as connection:

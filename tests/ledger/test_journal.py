@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
+import pytest
 from structlog.testing import capture_logs
 
 from proxy.ledger.decisions import Booking
 from proxy.ledger.journal import SUFFIX, Journal, abandoned
+from proxy.ledger.notes import NOTE_BYTES, NOTES_MAX
 from proxy.outcomes import Outcome
 
 BOOKING = Booking("ch_1", 1, Outcome("settled", 5, 0, 1, "1024x1024", "low", "requested", "complete"), upstream_status=200)
@@ -40,3 +43,58 @@ def test_what_is_taken_over_is_taken_by_one(tmp_path: Path) -> None:
         with abandoned(tmp_path) as second:
             assert second == []
     assert not list(tmp_path.iterdir())
+
+
+def noted(number: int, upstream_request_id: str | None = None) -> Booking:
+    return replace(BOOKING, charge_id=f"ch_{number}", upstream_request_id=upstream_request_id)
+
+
+def test_a_note_outlives_its_process_until_it_is_erased(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    places = [journal.note(noted(number)) for number in range(3)]
+    assert places[1] is not None
+    journal.erase(places[1])
+    journal.write([noted(3)])
+    # Whoever looks while the process lives finds nothing that is his.
+    with abandoned(tmp_path) as bookings:
+        assert bookings == []
+    journal.close()
+    with abandoned(tmp_path) as bookings:
+        assert sorted(booking.charge_id for booking in bookings) == ["ch_0", "ch_2", "ch_3"]
+        assert all(replace(booking, charge_id="ch_1") == BOOKING for booking in bookings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_is_used_again_and_a_shorter_note_ends_where_it_ends(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for number in range(2 * NOTES_MAX):
+        place = journal.note(noted(number, "x" * (number % 2 * 100)))
+        assert place is not None
+        journal.erase(place)
+    kept = [journal.note(noted(number)) for number in range(NOTES_MAX)]
+    assert None not in kept
+    assert journal.note(noted(NOTES_MAX)) is None, "no room"
+    journal.close()
+    with abandoned(tmp_path) as bookings:
+        assert sorted(bookings, key=lambda booking: int(booking.charge_id[3:])) == [noted(n) for n in range(NOTES_MAX)]
+
+
+def test_what_is_too_long_for_a_note_is_none(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    assert journal.note(noted(0, "x" * NOTE_BYTES)) is None
+    journal.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("written", [0, 1, 9, 100, 200])
+def test_a_note_that_was_never_finished_is_none(tmp_path: Path, written: int) -> None:
+    journal = Journal(tmp_path)
+    journal.note(noted(0))
+    (path,) = tmp_path.glob("*.notes")
+    line = path.read_bytes()[:NOTE_BYTES]
+    with path.open("r+b") as file:
+        file.seek(NOTE_BYTES)
+        file.write(line[:written])
+    journal.close()
+    with abandoned(tmp_path) as bookings:
+        assert bookings == [noted(0)]

@@ -430,7 +430,7 @@ def test_a_booking_that_takes_its_time_is_made_safe_beside_it(ledger: Ledger, ac
             booked = teller.book(settled(job))
             await teller.secure(settled(job))
             await booked
-            (file,) = (tmp_path / "journal").iterdir()
+            (file,) = (tmp_path / "journal").glob("*.journal")
             assert job.charge_id.encode() in file.read_bytes()
             assert list(states(ledger).values()) == ["forwarded"]
         await teller.close(30)
@@ -438,6 +438,114 @@ def test_a_booking_that_takes_its_time_is_made_safe_beside_it(ledger: Ledger, ac
     asyncio.run(scenario())
     assert list(states(ledger).values()) == ["settled"]
     assert list((tmp_path / "journal").iterdir()) == [], "what is booked waits no longer"
+
+
+def test_what_is_left_goes_along_with_the_next_reservation(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    first, second = reservation(account), reservation(account)
+    ledger.post([first])
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, log):
+            assert teller.leave(settled(first))
+            assert isinstance(await teller.reserve(second), Admitted)
+            assert list(states(ledger).values()) == ["settled", "forwarded"]
+            await until(lambda: log.commits == ["reserve", "book"])
+
+    asyncio.run(scenario())
+    assert not list((tmp_path / "journal").iterdir())
+
+
+def test_what_is_left_is_booked_without_company(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    jobs = [reservation(account) for _ in range(2)]
+    ledger.post(jobs)
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, log):
+            assert teller.leave(settled(jobs[0]))
+            await until(lambda: log.commits == ["book"])
+            assert teller.leave(settled(jobs[1]))
+            await teller.settled(PATIENCE_SECONDS)
+            assert list(states(ledger).values()) == ["settled"] * 2
+
+    asyncio.run(scenario())
+
+
+def test_what_is_left_at_the_end_of_a_process_is_booked(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    job = reservation(account)
+    ledger.post([job])
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, _):
+            assert teller.leave(settled(job))
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["settled"]
+    assert not list((tmp_path / "journal").iterdir())
+
+
+def test_what_is_left_while_the_thread_is_stuck_is_made_safe(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    job = reservation(account)
+    ledger.post([job])
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, _):
+            with Database(ledger.url).writing() as connection:
+                lock_teams(connection, [account.team_id])
+                assert teller.leave(settled(job))
+                kept = {file.suffix: file for file in (tmp_path / "journal").iterdir()}
+                noted = kept[".notes"].read_bytes().rstrip(b"\0")
+                assert job.charge_id.encode() in noted
+                await until(lambda: job.charge_id.encode() in kept[".journal"].read_bytes())
+                await until(lambda: kept[".notes"].read_bytes().rstrip(b"\0") == b"\0" + noted[1:])
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["settled"]
+
+
+def test_nothing_is_left_that_can_not_be_noted(ledger: Ledger, account: Account) -> None:
+    job = reservation(account)
+    ledger.post([job])
+
+    async def scenario() -> None:
+        async with at_work(ledger.url) as (teller, _):
+            assert not teller.leave(settled(job))
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["forwarded"]
+
+
+def test_nothing_is_left_while_the_database_is_away(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    jobs = [reservation(account) for _ in range(2)]
+    ledger.post(jobs)
+    ledger.close()
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, _):
+            with database_away(ledger.url):
+                await teller.book(settled(jobs[0]))
+                assert teller.behind
+                assert not teller.leave(settled(jobs[1]))
+                await teller.book(settled(jobs[1]))
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["settled"] * 2
+
+
+def test_a_reservation_given_up_when_its_time_is_over_holds_nothing(ledger: Ledger, account: Account) -> None:
+    job = reservation(account)
+
+    async def scenario() -> None:
+        async with at_work(ledger.url) as (teller, _):
+            with ledger.database.writing() as connection:
+                lock_teams(connection, [account.team_id])
+                held = teller.reserve(job)
+                await asyncio.sleep(0.2)
+                teller.expire(held)
+                with pytest.raises(LedgerDown):
+                    await held
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["released"]
 
 
 def test_a_reservation_withdrawn_when_it_was_just_committed_is_let_go(ledger: Ledger, account: Account) -> None:
@@ -472,7 +580,7 @@ def test_bookings_of_one_charge_that_differ_are_each_made_safe(ledger: Ledger, a
                 await teller.secure(own)
                 await teller.secure(swept)
                 assert await all_of(booked) == [None] * 2
-                (file,) = (tmp_path / "journal").iterdir()
+                (file,) = (tmp_path / "journal").glob("*.journal")
                 content = file.read_bytes()
                 assert (content.count(b'"state":"settled"'), content.count(b'"state":"review"')) == (1, 1)
             await until(lambda: journal.empty)
@@ -501,7 +609,7 @@ def test_what_a_stuck_thread_has_not_come_to_is_safe_when_the_process_ends(
             for job in jobs[1:]:
                 teller.book(settled(job))
             await teller.close(0.1)
-            (file,) = (tmp_path / "journal").iterdir()
+            (file,) = (tmp_path / "journal").glob("*.journal")
             assert file.read_bytes().count(b'"state":"settled"') == len(jobs)
         await asyncio.to_thread(teller._thread.join, PATIENCE_SECONDS)
         database.close()

@@ -1,0 +1,58 @@
+"""Notes of outcomes that clients have been told and the books have not, for the milliseconds in between: in a file that is
+mapped into memory, so that a note costs no call into the system and outlives its process.
+
+A note is not synced: a host that loses its power loses it, which a line of the journal is not. What is lost so is a review of
+the held amount, never an image that nobody pays for.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import deque
+from collections.abc import Iterator
+
+# An outcome takes half a kilobyte. Whoever has a longer one, or finds no place, waits for the books.
+NOTE_BYTES = 1024
+NOTES_MAX = 512
+
+FILE_BYTES = NOTE_BYTES * NOTES_MAX
+
+
+class Notes:
+    """The notes in one open file of :data:`FILE_BYTES`. One thread writes them, any may erase them."""
+
+    def __init__(self, file: int) -> None:
+        self._memory = mmap.mmap(file, FILE_BYTES)
+        self._free = deque(range(NOTES_MAX))
+
+    @property
+    def empty(self) -> bool:
+        return len(self._free) == NOTES_MAX
+
+    def write(self, line: bytes) -> int | None:
+        """Keep a line; the number of its note, or ``None`` where there is no room for it."""
+        if len(line) > NOTE_BYTES or not self._free:
+            return None
+        number = self._free.popleft()
+        start = number * NOTE_BYTES
+        # What a longer one has left behind it is cut off by the end of the line.
+        self._memory[start : start + len(line)] = line
+        return number
+
+    def erase(self, number: int) -> None:
+        """Forget a note."""
+        self._memory[number * NOTE_BYTES] = 0
+        self._free.append(number)
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+def lines_of(file: int) -> Iterator[bytes]:
+    """The lines that were noted in a file, in no order. One that was written only in part is among them."""
+    for start in range(0, os.fstat(file).st_size, NOTE_BYTES):
+        note = os.pread(file, NOTE_BYTES, start)
+        if note[:1] != b"\0":
+            line, end, _ = note.partition(b"\n")
+            yield line + end
