@@ -218,11 +218,6 @@ class _Seen:
 class Exchange:
     """One priced request on its way. Make it, and :meth:`run` it in a task that nobody cancels but the end of the process."""
 
-    __slots__ = (
-        *("_client", "_conversing", "_desk", "_expired", "_let_go", "_loop", "_request", "_seen", "_sent_at", "_task"),
-        "_watch",
-    )
-
     def __init__(self, desk: Desk, request: Request, client: Client) -> None:
         self._desk = desk
         self._request = request
@@ -303,7 +298,7 @@ class Exchange:
             outcome, delivery = unanswered(self._request.reading.dearest, self._request.hold_micro_usd), Delivery()
         booking = self._booking(outcome, delivery)
         try:
-            if self._leave(booking):
+            if not admitted.counted and self._leave(booking):
                 try:
                     await self._end(outcome, delivery)
                 finally:
@@ -441,7 +436,7 @@ class Exchange:
     def _leave(self, booking: Booking) -> bool:
         """Leave the booking of an answer to the teller, so that its end need not wait: where nobody can tell the difference by
         what is refused, since what is booked is what was held and no budget has more room afterwards, nor by a kill, since the
-        outcome is noted first. Whether it is left."""
+        outcome is noted first. Whether it is left. An exchange that counts against a limit is not: its end makes room."""
         outcome = booking.outcome
         if outcome.settled_micro_usd + outcome.reserved_micro_usd < self._request.hold_micro_usd:
             return False
@@ -534,6 +529,8 @@ class Exchange:
         """Look after time: end the conversation at its deadline, and let a reader go that takes nothing any more, or too slowly
         for what is left of it. Looks twice within the time that a reader is given."""
         left = self._sent_at + self._desk.timeout_seconds - time.monotonic()
+        again = self._patience / 2
+        self._watch = self._loop.call_later(min(again, left) if left > 0 else again, self._look)
         if left <= 0 and self._conversing and not self._expired:
             self._expired = True
             assert self._task is not None
@@ -545,8 +542,6 @@ class Exchange:
                 log.warning("reader_stalled", request_id=self._request.request_id)
                 self._client.hang_up()
                 self._let_go = True
-        again = self._patience / 2
-        self._watch = self._loop.call_later(min(again, left) if left > 0 else again, self._look)
 
     @property
     def _patience(self) -> float:

@@ -66,7 +66,7 @@ class _Events(structlog.make_filtering_bound_logger(logging.INFO)):  # type: ign
     def info(self, event: str, /, *args: object, **fields: object) -> None:
         """A line in the ordinary course, of which each exchange has one: rendered at once, without the way through the
         processors, which takes as long as all the rest of it."""
-        if args or "exc_info" in fields or self._context:
+        if args or "exc_info" in fields or self._context or self._processors[-1] is not _render:
             super().info(event, *args, **fields)
         else:
             _destination.write(_line({"timestamp": _now(), "level": "info", "event": event, **fields}) + "\n")

@@ -988,6 +988,18 @@ def test_two_replicas_two_teams_and_a_key_never_spend_beyond_any_limit(database_
         }
 
 
+def test_who_has_its_answer_is_no_longer_open_anywhere(database_url: str, tmp_path: Path) -> None:
+    """One request after the other, to two gateways in turns, under a limit of one at a time."""
+    with live_gateway(database_url, tmp_path) as (gateway, upstream), replica(gateway) as other_port:
+        upstream.answer(whole(200, JSON, json_answer()))
+        with gateway.database.writing() as connection:
+            accounts.set_limit(connection, "red", None, rpm=None, concurrency=1, now=now(), actor="test")
+        ports = (gateway.port, other_port)
+        red = Team(gateway, "red", gateway.key)
+        answers = [storm([(ports[place % 2], request_bytes(red, asked()))])[0][0] for place in range(20)]
+        assert answers == [200] * 20
+
+
 @contextmanager
 def replica(gateway: LiveGateway) -> Iterator[int]:
     """A second gateway on the same database; its port."""

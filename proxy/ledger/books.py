@@ -384,6 +384,7 @@ def _decide(
             used[job.team_id, repeat.key_digest] = Earlier(
                 job.request_id, repeat.body_digest, "forwarded", 0, job.hold_micro_usd
             )
+        decision.counted = repeat is not None or any(pace.concurrency is not None for pace in paces)
     return decision
 
 

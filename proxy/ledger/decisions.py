@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -89,9 +89,10 @@ class Balance:
 @dataclass(slots=True)
 class Admitted:
     """Held against every budget that applies. ``remaining_micro_usd`` is what the tightest hard budget has left after it,
-    ``None`` where there is no hard budget."""
+    ``None`` where there is no hard budget. ``counted``: other requests are refused while its exchange is open."""
 
     remaining_micro_usd: int | None
+    counted: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

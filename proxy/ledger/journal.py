@@ -83,7 +83,6 @@ class Journal:
         """Give the files up, and remove those in which nothing is left."""
         if self._notes.empty:
             self._notes_path.unlink(missing_ok=True)
-        self._notes.close()
         os.close(self._notes_file)
         if self._end == 0:
             self._path.unlink(missing_ok=True)

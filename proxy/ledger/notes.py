@@ -1,13 +1,11 @@
-"""Notes of outcomes that clients have been told and the books have not, for the milliseconds in between: in a file that is
-mapped into memory, so that a note costs no call into the system and outlives its process.
+"""Notes of outcomes that clients have been told and the books have not, for the milliseconds in between: in a file, and not
+synced, so that they outlive their process at a hundredth of what a line of the journal takes.
 
-A note is not synced: a host that loses its power loses it, which a line of the journal is not. What is lost so is a review of
-the held amount, never an image that nobody pays for.
+A host that loses its power loses them. What is lost so is a review of the held amount, never an image that nobody pays for.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -23,7 +21,7 @@ class Notes:
     """The notes in one open file of :data:`FILE_BYTES`. One thread writes them, any may erase them."""
 
     def __init__(self, file: int) -> None:
-        self._memory = mmap.mmap(file, FILE_BYTES)
+        self._file = file
         self._free = deque(range(NOTES_MAX))
 
     @property
@@ -31,22 +29,27 @@ class Notes:
         return len(self._free) == NOTES_MAX
 
     def write(self, line: bytes) -> int | None:
-        """Keep a line; the number of its note, or ``None`` where there is no room for it."""
+        """Keep a line; the number of its note, ``None`` where there is no room for it or the disk takes nothing."""
         if len(line) > NOTE_BYTES or not self._free:
             return None
         number = self._free.popleft()
-        start = number * NOTE_BYTES
-        # What a longer one has left behind it is cut off by the end of the line.
-        self._memory[start : start + len(line)] = line
-        return number
+        try:
+            # What a longer one has left behind it is cut off by the end of the line.
+            whole = os.pwrite(self._file, line, number * NOTE_BYTES) == len(line)
+        except OSError:
+            whole = False
+        if not whole:
+            self.erase(number)
+        return number if whole else None
 
     def erase(self, number: int) -> None:
-        """Forget a note."""
-        self._memory[number * NOTE_BYTES] = 0
+        """Forget a note. Where the disk takes not even that its place is not used again: a replay of what is booked changes
+        nothing."""
+        try:
+            os.pwrite(self._file, b"\0", number * NOTE_BYTES)
+        except OSError:
+            return
         self._free.append(number)
-
-    def close(self) -> None:
-        self._memory.close()
 
 
 def lines_of(file: int) -> Iterator[bytes]:

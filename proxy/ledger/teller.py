@@ -125,6 +125,8 @@ class Teller:
         self._unhurried: deque[_Book] = deque()
         self._hurrying: asyncio.TimerHandle | None = None
         self._securing: asyncio.Task[None] | None = None
+        # The thread is on its way to what nobody waits for.
+        self._woken = False
         self._unwritten: deque[_Book] = deque()
         # What was handed in to be booked and is not committed yet, by the identity of the job: one charge can have several,
         # such as its exchange's and the sweep's, and they may say different things.
@@ -202,6 +204,11 @@ class Teller:
             self._hurrying.cancel()
             self._hurrying = None
         if self._unhurried:
+            self._wake()
+
+    def _wake(self) -> None:
+        if not self._woken:
+            self._woken = True
             self._waiting.put(None)
 
     async def settled(self, seconds: float) -> None:
@@ -230,6 +237,10 @@ class Teller:
         self._closing = True
         self._waiting.put(None)
         self._watching.cancel()
+        if self._hurrying is not None:
+            self._hurrying.cancel()
+        if self._securing is not None:
+            await asyncio.wait((self._securing,), timeout=timeout_seconds)
         await asyncio.to_thread(self._thread.join, timeout_seconds + 1)
         if self._journal is None:
             return
@@ -262,17 +273,22 @@ class Teller:
         batch = _Batch()
         try:
             item = self._waiting.get(timeout=self._patience())
-            while item is not None:
-                # What nobody waits for any more is answered before its turn has come.
-                if not (isinstance(item, _Reserve) and item.answer.done()):
+            while True:
+                # None only wakes. What nobody waits for any more is answered before its turn has come.
+                if item is not None and not (isinstance(item, _Reserve) and item.answer.done()):
                     batch.add(item)
                 if len(batch.reserves) + len(batch.books) >= BATCH_JOBS_MAX:
                     break
                 item = self._waiting.get_nowait()
         except queue.Empty:
             pass
+        # Before the rest is taken: whoever leaves a booking after that wakes this thread again.
+        self._woken = False
         while self._unhurried and len(batch.books) < BATCH_JOBS_MAX:
             batch.books.append(self._unhurried.popleft())
+        if self._unhurried:
+            # More than there was room for: the next batch is theirs, whether or not anybody else comes.
+            self._wake()
         if self._unwritten and time.monotonic() >= self._retry_at:
             while self._unwritten and len(batch.books) < BATCH_JOBS_MAX:
                 batch.books.append(self._unwritten.popleft())
@@ -460,7 +476,7 @@ class Teller:
             pass
 
     def _confess(self) -> None:
-        for item in (item for item in self._unwritten if not item.journaled):
+        for item in (item for item in self._unwritten if not item.journaled and item.note is None):
             outcome = item.job.outcome
             log.critical(
                 "booking_lost", charge=item.job.charge_id, state=outcome.state, settled_micro_usd=outcome.settled_micro_usd

@@ -470,6 +470,39 @@ def test_what_is_left_is_booked_without_company(ledger: Ledger, account: Account
     asyncio.run(scenario())
 
 
+def test_more_is_left_at_once_than_a_batch_takes(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    jobs = [reservation(account) for _ in range(BATCH_JOBS_MAX + 10)]
+    ledger.post(jobs)
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, log):
+            assert all(teller.leave(settled(job)) for job in jobs)
+            await until(lambda: not teller._unbooked_yet)
+            assert log.commits == ["book"] * 2
+
+    asyncio.run(scenario())
+    assert set(states(ledger).values()) == {"settled"}
+
+
+def test_waking_the_thread_splits_no_batch(ledger: Ledger, account: Account) -> None:
+    jobs = [reservation(account) for _ in range(20)]
+
+    async def scenario() -> None:
+        async with at_work(ledger.url) as (teller, log):
+            with ledger.database.writing() as connection:
+                lock_teams(connection, [account.team_id])
+                held = [teller.reserve(jobs[0])]
+                await until(lambda: teller._waiting.empty())
+                for job in jobs[1:]:
+                    held.append(teller.reserve(job))
+                    await teller.settled(0)
+                    teller._waiting.put(None)
+            await all_of(held)
+            assert log.commits == ["reserve"] * 2
+
+    asyncio.run(scenario())
+
+
 def test_what_is_left_at_the_end_of_a_process_is_booked(ledger: Ledger, account: Account, tmp_path: Path) -> None:
     job = reservation(account)
     ledger.post([job])
