@@ -244,6 +244,8 @@ async def serving(
                     log.warning("exchanges_broken_off", reason="told to" if end_now.is_set() else "the time to drain is over")
     finally:
         await server.close()
+        # Of an application that could not open: nobody has it then.
+        listener.close()
 
 
 @asynccontextmanager

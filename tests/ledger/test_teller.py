@@ -17,7 +17,7 @@ from proxy.ledger.books import lock_teams
 from proxy.ledger.decisions import Admitted, Booking, OverBudget
 from proxy.ledger.engine import Database
 from proxy.ledger.journal import SUFFIX, Journal
-from proxy.ledger.teller import BATCH_JOBS_MAX, LedgerDown, Teller
+from proxy.ledger.teller import BATCH_JOBS_MAX, LedgerDown, Step, Teller
 from tests.ledger.ledgers import NOON, PRICE, Account, Ledger, released, reservation, reviewed, settled
 from tests.ledger.traffic import Log
 from tests.ledger.wire import Cut, Wire
@@ -487,7 +487,7 @@ def test_more_is_left_at_once_than_a_batch_takes(ledger: Ledger, account: Accoun
 def test_waking_the_thread_splits_no_batch(ledger: Ledger, account: Account) -> None:
     jobs = [reservation(account) for _ in range(20)]
 
-    async def scenario() -> None:
+    async def scenario() -> list[Step]:
         async with at_work(ledger.url) as (teller, log):
             with ledger.database.writing() as connection:
                 lock_teams(connection, [account.team_id])
@@ -498,9 +498,10 @@ def test_waking_the_thread_splits_no_batch(ledger: Ledger, account: Account) -> 
                     await teller.settled(0)
                     teller._waiting.put(None)
             await all_of(held)
-            assert log.commits == ["reserve"] * 2
+        return log.commits
 
-    asyncio.run(scenario())
+    # That of the first, for which the others waited, and theirs; or all have come before the thread had looked twice.
+    assert asyncio.run(scenario()) in (["reserve"], ["reserve"] * 2)
 
 
 def test_what_is_left_at_the_end_of_a_process_is_booked(ledger: Ledger, account: Account, tmp_path: Path) -> None:
