@@ -288,6 +288,20 @@ class LiveGateway:
         return socket.create_connection(("127.0.0.1", self.port), PATIENCE_SECONDS)
 
 
+# A booking that nobody waits for is in the books some milliseconds after its answer. What is open for longer is open.
+BOOKED_SECONDS = 0.2
+
+
+def booked_charges(look: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The charges, with what is on its way into the books given the time to come there."""
+    deadline = time.monotonic() + BOOKED_SECONDS
+    while True:
+        found = look()
+        if all(charge["state"] != "forwarded" for charge in found) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.01)
+
+
 def wait_for(look: Callable[[], T | None]) -> T:
     """What ``look`` finds, looked for until it does."""
     deadline = time.monotonic() + PATIENCE_SECONDS

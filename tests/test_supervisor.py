@@ -33,6 +33,7 @@ from tests.live import (
     Conversation,
     Loop,
     ScriptedUpstream,
+    booked_charges,
     chunked,
     completed,
     event,
@@ -214,8 +215,11 @@ class Stage:
         return gate
 
     def charges(self) -> list[dict[str, Any]]:
-        with self.database.reading() as connection:
-            return list(reports.list_charges(connection))
+        def look() -> list[dict[str, Any]]:
+            with self.database.reading() as connection:
+                return list(reports.list_charges(connection))
+
+        return booked_charges(look)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ BATCH_JOBS_MAX = 256
 
 # A booking that nobody waits for may wait so long for the next reservation, whose transaction takes it along: one sync in
 # place of two.
-COMPANY_SECONDS = 0.01
+COMPANY_SECONDS = 0.003
 
 # What is not committed after so long is made safe in the journal, if nobody else sees to that; looked for as often as that.
 SAFE_SECONDS = 0.5

@@ -26,7 +26,7 @@ from proxy.ledger.reports import list_charges
 from proxy.simulator import Simulator, SimulatorOptions, running_simulator
 from tests.chaos.runner import Plan, run
 from tests.ledger.ledgers import check
-from tests.live import ORDER, PATIENCE_SECONDS, UPSTREAM_KEY, Loop, now, wait_for
+from tests.live import ORDER, PATIENCE_SECONDS, UPSTREAM_KEY, Loop, booked_charges, now, wait_for
 from tests.postgres import Server
 
 # A process is forked from one that has everything loaded already: a start takes milliseconds, and it has one thread.
@@ -171,8 +171,12 @@ class Crew:
 
     def charges(self) -> dict[str, dict[str, Any]]:
         """All charges, by the ids of their requests."""
-        with self.reading() as connection:
-            return {row["request_id"]: row for row in list_charges(connection)}
+
+        def look() -> list[dict[str, Any]]:
+            with self.reading() as connection:
+                return list(list_charges(connection))
+
+        return {row["request_id"]: row for row in booked_charges(look)}
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

@@ -19,7 +19,7 @@ from proxy.money import MICRO_PER_USD
 from proxy.periods import PERIODS
 from proxy.simulator import SimulatorOptions, running_simulator
 from proxy.spool import MEMORY_BYTES_MAX
-from tests.live import PATIENCE_SECONDS, UPSTREAM_KEY, Loop, now, wait_for
+from tests.live import PATIENCE_SECONDS, UPSTREAM_KEY, Loop, booked_charges, now, wait_for
 from tests.outage import database_away
 from tests.test_supervisor import Served
 
@@ -128,8 +128,11 @@ class Scene:
         self.database.close()
 
     def charges(self) -> list[dict[str, Any]]:
-        with self.database.reading() as connection:
-            return list(reports.list_charges(connection))
+        def look() -> list[dict[str, Any]]:
+            with self.database.reading() as connection:
+                return list(reports.list_charges(connection))
+
+        return booked_charges(look)
 
     @contextmanager
     def without_database(self) -> Iterator[None]:
