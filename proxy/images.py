@@ -56,9 +56,8 @@ def decode_base64(text: str) -> bytes:
 def measure_base64(text: str) -> str | None:
     """What :func:`measure` tells of the bytes of :func:`decode_base64`. All but a JPEG tell by their first ones, and then the
     others are not decoded: that takes as long as all else that is done with an image."""
-    text = _without_scheme(text)
-    header = _decode(text[:_HEADER_LETTERS])
-    return measure(_decode(text) if len(header) < _HEADER_BYTES or header.startswith(_JPEG) else header)
+    header = _decode(_without_scheme(text)[:_HEADER_LETTERS])
+    return measure(decode_base64(text) if len(header) < _HEADER_BYTES or header.startswith(_JPEG) else header)
 
 
 def _without_scheme(text: str) -> str:

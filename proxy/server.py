@@ -254,7 +254,6 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self.url = b""
         self.headers = []
-        self.expect_100_continue = False
         self._in_head = True
         if self.cycle is not None:
             # The first head's time began with the connection.
