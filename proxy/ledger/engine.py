@@ -233,8 +233,8 @@ def _open_sqlite(url: URL, *, writes: bool) -> Engine:
         _switch_to_wal(cursor)
         # NORMAL can lose commits when the power goes: what is booked would be gone while the bill is not.
         cursor.execute("PRAGMA synchronous = FULL")
-        # Whoever's commit makes the log longer than this writes it back, and a request waits for that: by default one in sixty,
-        # at four times the length, 16 MB, one in two hundred and fifty.
+        # Whoever's commit makes the log longer than this, 16 MB, writes it back, and a request waits for that. It is four times
+        # the default, so a quarter as many wait.
         cursor.execute("PRAGMA wal_autocheckpoint = 4000")
         cursor.execute("PRAGMA foreign_keys = ON")
         # SQLite has no such function before 3.41.
