@@ -402,7 +402,8 @@ def test_a_booking_is_written_and_a_reservation_withdrawn_when_nobody_waits_any_
     assert list(states(ledger).values()) == ["settled", "forwarded"]
 
 
-def test_a_reservation_withdrawn_while_it_is_committed_holds_nothing(ledger: Ledger, account: Account) -> None:
+@pytest.mark.parametrize("withdrawn", [True, False], ids=["withdrawn", "its time is over"])
+def test_a_reservation_given_up_while_it_is_committed_holds_nothing(ledger: Ledger, account: Account, withdrawn: bool) -> None:
     job = reservation(account)
 
     async def scenario() -> None:
@@ -412,7 +413,12 @@ def test_a_reservation_withdrawn_while_it_is_committed_holds_nothing(ledger: Led
                 held = teller.reserve(job)
                 # By now the teller has taken the job, and waits for the team.
                 await asyncio.sleep(0.2)
-                assert held.cancel()
+                if withdrawn:
+                    assert held.cancel()
+                else:
+                    teller.expire(held)
+                    with pytest.raises(LedgerDown):
+                        await held
 
     asyncio.run(scenario())
     assert list(states(ledger).values()) == ["released"]
@@ -563,23 +569,6 @@ def test_nothing_is_left_while_the_database_is_away(ledger: Ledger, account: Acc
 
     asyncio.run(scenario())
     assert list(states(ledger).values()) == ["settled"] * 2
-
-
-def test_a_reservation_given_up_when_its_time_is_over_holds_nothing(ledger: Ledger, account: Account) -> None:
-    job = reservation(account)
-
-    async def scenario() -> None:
-        async with at_work(ledger.url) as (teller, _):
-            with ledger.database.writing() as connection:
-                lock_teams(connection, [account.team_id])
-                held = teller.reserve(job)
-                await asyncio.sleep(0.2)
-                teller.expire(held)
-                with pytest.raises(LedgerDown):
-                    await held
-
-    asyncio.run(scenario())
-    assert list(states(ledger).values()) == ["released"]
 
 
 def test_a_reservation_withdrawn_when_it_was_just_committed_is_let_go(ledger: Ledger, account: Account) -> None:
