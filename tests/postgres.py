@@ -8,7 +8,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -19,6 +18,8 @@ from typing import Any, Self
 
 import psycopg
 import pytest
+
+from tests.ports import free_port
 
 # With this set, a test that can't have PostgreSQL fails instead of being skipped.
 _REQUIRE_POSTGRES = "TEST_REQUIRE_POSTGRES"
@@ -61,9 +62,7 @@ class Server:
         self.home = home
         self.data = home / "data"
         self.log = home / "log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
 
     @property
     def url(self) -> str:

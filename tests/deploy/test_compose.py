@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from proxy.supervisor import MARGIN_SECONDS
 from tests.deploy.programs import DEPLOY, ROOT
 from tests.deploy.test_image import IMAGE
 from tests.live import ORDER, PATIENCE_SECONDS, now, wait_for
+from tests.ports import free_port
 
 COMPOSE = ROOT / "docker-compose.yml"
 PRESETS = DEPLOY / "compose"
@@ -295,12 +295,6 @@ class Place:
         return self.run("gateway", words, **more).returncode == 0
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def test_the_demo_makes_an_image(tmp_path: Path) -> None:
     place = Place(tmp_path, preset("demo"))
     for name in SERVICES["gateway"]["secrets"]:
@@ -309,7 +303,7 @@ def test_the_demo_makes_an_image(tmp_path: Path) -> None:
     agreed = SERVICES["simulator"]["command"][-1]
     upstream = place.document["services"]["gateway"]["environment"]["BEANMETER_UPSTREAM_URL"]
     assert upstream == f"http://127.0.0.1:{agreed}/v1"
-    simulator, gateway = free_port(), free_port()
+    simulator, gateway = str(free_port()), str(free_port())
     own = {
         "BEANMETER_UPSTREAM_URL": upstream.replace(agreed, simulator),
         "BEANMETER_HOST": "127.0.0.1",

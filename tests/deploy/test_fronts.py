@@ -24,6 +24,7 @@ from tests.chaos.crew import Crew, Process, crew
 from tests.deploy.programs import DEPLOY, program
 from tests.live import ORDER, PATIENCE_SECONDS, ScriptedUpstream, completed, now, wait_for
 from tests.pages.house import TOKEN
+from tests.ports import free_port
 from tests.test_supervisor import BEGINNING, Gate
 
 pytestmark = pytest.mark.postgres
@@ -147,9 +148,7 @@ COMMANDS = {"nginx": nginx_command, "haproxy": haproxy_command}
 def running_front(kind: str, place: Path, gateways: list[str], changes: dict[str, str] | None = None) -> Iterator[Front]:
     """The proxy before these addresses, with ``changes`` to its configuration, as long as the block lasts."""
     place.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = COMMANDS[kind](place, port, gateways, changes or {})
     with (place / "output.log").open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from proxy import settings
 from proxy.settings import PREFIX, Settings
 from tests.deploy.programs import DEPLOY, ROOT
 from tests.live import UPSTREAM_KEY, wait_for
+from tests.ports import free_port
 
 DOCKERFILE = DEPLOY / "Dockerfile"
 
@@ -219,9 +219,7 @@ def test_it_is_built_from_what_goes_to_the_build(built: Build) -> None:
 @pytest.fixture
 def container(built: Build, tmp_path: Path) -> Iterator[tuple[Build, subprocess.Popen[str], str]]:
     """The image's own command, with a key as a file; and its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     (tmp_path / "key").write_text(UPSTREAM_KEY)
     given = environment(built, port=port, upstream_key_file=str(tmp_path / "key"))
     words = [*json.loads(IMAGE.one("ENTRYPOINT")), *json.loads(IMAGE.one("CMD"))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any, Self
 import httpx2
 
 from tests.observability.programs import PATIENCE_SECONDS, program
+from tests.ports import free_port
 
 # How often it is asked whether something has come: often enough for the test, and no load.
 _LOOK_SECONDS = 0.25
@@ -25,9 +25,7 @@ class Prometheus:
 
     def __init__(self, configuration: Path, place: Path, *options: str) -> None:
         place.mkdir()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self._log = place / "log"
         self._command = [
             program("prometheus"),
