@@ -6,10 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection
 
+from proxy.ledger import books
+from proxy.ledger.engine import driver_of
 from tests.ledger.ledgers import PRICE, Account, Ledger, reservation, settled
 from tests.ledger.wire import Wire
-from tests.live import ORDER, live_gateway
+from tests.live import ORDER, live_gateway, now
 
 REQUESTS = 20
 
@@ -79,3 +82,40 @@ def test_a_batch_on_postgresql_is_three_round_trips(postgres_database: str, jobs
         assert wire.waits - before == 3
         ledger.check()
         ledger.close()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("jobs", [1, BATCH])
+def test_rows_are_found_on_postgresql_however_many_there_are(postgres_database: str, jobs: int) -> None:
+    """Statements are planned when the tables are next to empty, and stay as they are while the tables grow."""
+    ledger, account = ready(postgres_database)
+    for _ in range(2):
+        batch = [reservation(account) for _ in range(jobs)]
+        ledger.post(batch)
+        ledger.post(bookings=[settled(job) for job in batch])
+    read: list[int] = []
+    for more in (2, 10):
+        for _ in range(more):
+            earlier = [reservation(account) for _ in range(BATCH)]
+            ledger.post(earlier)
+            ledger.post(bookings=[settled(job) for job in earlier])
+        batch = [reservation(account) for _ in range(jobs)]
+        ledger.post(batch)
+        with ledger.database.posting() as connection:
+            before = charges_read(connection)
+            books.post(connection, [reservation(account) for _ in range(jobs)], [settled(job) for job in batch], now())
+            read.append(charges_read(connection) - before)
+    assert read[0] == read[1] <= 3 * jobs
+    ledger.check()
+    ledger.close()
+
+
+def charges_read(connection: Connection) -> int:
+    """How many charges this session has read, not counting what it has told the server's statistics of, as it does between
+    transactions."""
+    query = (
+        "SELECT coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) FROM pg_stat_xact_user_tables WHERE relname = 'charges'"
+    )
+    with driver_of(connection) as driver:
+        (count,) = driver.execute(query).fetchone()
+    return int(count)

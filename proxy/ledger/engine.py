@@ -280,6 +280,9 @@ def _open_postgresql(url: URL, *, writes: bool) -> Engine:
         # The books' statements find their rows by keys, whatever is asked. To plan them anew for each, as the server would
         # for lists whose length it can't foresee, takes it longer than to carry them out.
         options["plan_cache_mode"] = "force_generic_plan"
+        # Such a plan is made while the tables are next to empty, when to read all of one seems cheapest, and is kept while
+        # they grow. What is left is to look up row by row.
+        options |= dict.fromkeys(("enable_seqscan", "enable_hashjoin", "enable_mergejoin"), "off")
     return create_engine(
         url.set(drivername="postgresql+psycopg"),
         pool_size=1 if writes else 4,
