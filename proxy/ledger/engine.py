@@ -21,6 +21,10 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 # A writer waits this long for another process's transaction (a command beside a running gateway) before it gives up.
 LOCK_WAIT_SECONDS = 10
 
+# SQLite has no queue of writers: each looks now and then whether it is its turn. SQLite's own way is to look after 1, 2, 5, 10
+# and up to 100 ms, and whoever has just committed is always quicker: of two workers under load one waits for seconds.
+LOOK_SECONDS = 0.0002
+
 # A database that does not answer within this is away: requests are refused rather than kept waiting.
 CONNECT_SECONDS = 3
 STATEMENT_SECONDS = 15
@@ -76,7 +80,7 @@ class Database:
             try:
                 if self.dialect == "sqlite":
                     with driver_of(connection) as driver:
-                        driver.execute(_BEGIN_SQLITE)
+                        _begin_writing(driver)
                 # PostgreSQL is told together with the first statements.
                 yield connection
                 with driver_of(connection) as driver:
@@ -222,7 +226,8 @@ def _open_sqlite(url: URL, *, writes: bool) -> Engine:
         pool_size=1 if writes else 4,
         max_overflow=0,
         pool_timeout=LOCK_WAIT_SECONDS,
-        connect_args={"timeout": LOCK_WAIT_SECONDS},
+        # A writer waits in its own way, below.
+        connect_args={"timeout": 0 if writes else LOCK_WAIT_SECONDS},
     )
 
     @event.listens_for(engine, "connect")
@@ -244,9 +249,29 @@ def _open_sqlite(url: URL, *, writes: bool) -> Engine:
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         with driver_of(connection) as driver:
-            driver.execute(_BEGIN_SQLITE if writes else "BEGIN")
+            if writes:
+                _begin_writing(driver)
+            else:
+                driver.execute("BEGIN")
 
     return engine
+
+
+def _begin_writing(driver: sqlite3.Connection) -> None:
+    """Begin a transaction as the only one who writes; waits for another process's."""
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while True:
+        try:
+            driver.execute(_BEGIN_SQLITE)
+            return
+        except sqlite3.OperationalError as error:
+            if not _is_busy(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(LOOK_SECONDS)
+
+
+def _is_busy(error: sqlite3.OperationalError) -> bool:
+    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def _from_hex(digits: str | None) -> bytes | None:
@@ -263,7 +288,7 @@ def _switch_to_wal(cursor: sqlite3.Cursor) -> None:
         except sqlite3.OperationalError as error:
             # Of several processes that open a new file at once, one switches it. SQLite doesn't let the others wait for
             # that as they wait for a writer: it refuses them at once.
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+            if not _is_busy(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
 

@@ -31,7 +31,7 @@ ON_POSTGRESQL = pytest.mark.parametrize("database_url", ["postgresql"], indirect
 @ON_SQLITE
 @pytest.mark.parametrize(
     ("pragma", "value"),
-    [("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("busy_timeout", LOCK_WAIT_SECONDS * 1000)],
+    [("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1)],
 )
 def test_sqlite_connections(ledger: Ledger, pragma: str, value: object) -> None:
     for transaction in (ledger.database.writing, ledger.database.reading):
@@ -99,6 +99,30 @@ def test_writers_of_one_database_take_turns(ledger: Ledger) -> None:
         thread.join()
     with ledger.database.reading() as connection:
         assert connection.exec_driver_sql("SELECT value FROM marks").scalar() == "40"
+
+
+@ON_SQLITE
+def test_processes_that_write_all_the_time_take_turns(ledger: Ledger) -> None:
+    """SQLite gives its lock to whoever asks while it is free, and who has just committed asks at once."""
+    other = Database(f"sqlite:///{ledger.database._writer.url.database}")
+    wanted = 200
+    counts = {ledger.database: 0, other: 0}
+
+    def write(database: Database) -> None:
+        # The slower one stops with the quicker.
+        while max(counts.values()) < wanted:
+            with database.posting() as connection:
+                put_mark(connection, f"{id(database)} {counts[database]}")
+            counts[database] += 1
+
+    threads = [threading.Thread(target=write, args=(database,)) for database in counts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    other.close()
+    assert len(marks(ledger)) == sum(counts.values())
+    assert min(counts.values()) > wanted / 20
 
 
 def marks(ledger: Ledger) -> list[str]:
