@@ -16,14 +16,15 @@ from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg import errors
-from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, TransactionStatus
+from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
 # What the driver says itself ahead of a first statement, and then waits for; here it goes along.
 _BEGIN = b"BEGIN ISOLATION LEVEL READ COMMITTED"
 
-# An unknown statement, and one whose result would have other types than when it was prepared.
-_STALE = frozenset({b"26000", b"0A000"})
+# An unknown statement, and one whose result would have other types than when it was prepared: somebody has let go of the
+# statements of this session, or has changed a table.
+_STALE = (errors.InvalidSqlStatementName, errors.FeatureNotSupported)
 
 _numbers = count(1)
 
@@ -55,6 +56,19 @@ def ask(driver: psycopg.Connection[Any], *asked: tuple[Statement, Sequence[objec
     Begins a transaction where there is none, as the driver does. Raises the driver's error for the first that fails; those
     behind it were not carried out then. The connection is in order afterwards, or closed.
     """
+    begins = driver.pgconn.transaction_status == TransactionStatus.IDLE
+    try:
+        return _ask(driver, asked)
+    except _STALE:
+        # They are prepared anew, and asked again where that begins the transaction anew as well.
+        _prepared.pop(driver, None)
+        if not begins:
+            raise
+        driver.rollback()
+        return _ask(driver, asked)
+
+
+def _ask(driver: psycopg.Connection[Any], asked: Sequence[tuple[Statement, Sequence[object]]]) -> list[PGresult]:
     spelt = [(statement, list(map(_spell, values, statement[1]))) for statement, values in asked]
     pgconn = driver.pgconn
     names = _prepared.setdefault(driver, {})
@@ -87,7 +101,6 @@ def ask(driver: psycopg.Connection[Any], *asked: tuple[Statement, Sequence[objec
     names.update(new[place] for place in new if results[place].status == ExecStatus.COMMAND_OK)
     for result in results:
         if result.status == ExecStatus.FATAL_ERROR:
-            _forget(names, result)
             raise errors.error_from_result(result)
     return [results[place] for place in places]
 
@@ -114,13 +127,6 @@ def _results(pgconn: PGconn) -> list[PGresult]:
             results.append(result)
             if pgconn.status == ConnStatus.BAD:
                 raise errors.error_from_result(result)
-
-
-def _forget(names: dict[Statement, bytes], result: PGresult) -> None:
-    """Have the statements prepared anew where the server no longer has them as they were: somebody has changed a table, or
-    has let go of them."""
-    if result.error_field(DiagnosticField.SQLSTATE) in _STALE:
-        names.clear()
 
 
 def _spell(value: object, kind: str) -> bytes | None:

@@ -105,9 +105,32 @@ def test_much_can_go_both_ways_at_once(driver: psycopg.Connection[Any]) -> None:
 def test_statements_that_the_server_has_let_go_of_are_prepared_anew(driver: psycopg.Connection[Any]) -> None:
     assert value(driver, ONE) == b"1"
     driver.execute("DEALLOCATE ALL")
+    driver.commit()
+    assert value(driver, ONE) == b"1"
+    assert in_order(driver)
+
+
+def test_a_statement_whose_table_has_changed_is_prepared_anew(driver: psycopg.Connection[Any]) -> None:
+    driver.execute("CREATE TEMPORARY TABLE facts AS SELECT 1 AS fact")
+    driver.commit()
+    fact = (b"SELECT fact FROM facts", ())
+    assert value(driver, fact) == b"1"
+    driver.rollback()
+    driver.execute("ALTER TABLE facts ALTER COLUMN fact TYPE text")
+    driver.commit()
+    assert value(driver, fact) == b"1"
+    assert in_order(driver)
+
+
+def test_what_a_transaction_has_done_before_is_not_done_again(driver: psycopg.Connection[Any]) -> None:
+    """Nor is it lost and the rest done: it fails, and so does the transaction."""
+    assert value(driver, ONE) == b"1"
+    driver.execute("CREATE TEMPORARY TABLE before ()")
+    driver.execute("DEALLOCATE ALL")
     with pytest.raises(psycopg.errors.InvalidSqlStatementName):
         value(driver, ONE)
-    assert in_order(driver)
+    assert driver.info.transaction_status == TransactionStatus.INERROR
+    driver.rollback()
     assert value(driver, ONE) == b"1"
 
 
