@@ -241,7 +241,7 @@ class Teller:
             self._hurrying.cancel()
         if self._securing is not None:
             await asyncio.wait((self._securing,), timeout=timeout_seconds)
-        await asyncio.to_thread(self._thread.join, timeout_seconds + 1)
+        await asyncio.to_thread(self._thread.join, max(0.0, self._give_up_at - time.monotonic()) + 1)
         if self._journal is None:
             return
         if self._thread.is_alive():
