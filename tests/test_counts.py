@@ -1,18 +1,22 @@
 """What a request takes, in what can be counted and does not depend on the machine: transactions, statements, round trips to
-the database, connections upstream."""
+the database, rows read, connections upstream, copies of what is relayed."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection
 
+from proxy import exchange, server, transport
 from proxy.ledger import books
 from proxy.ledger.engine import driver_of
 from tests.ledger.ledgers import PRICE, Account, Ledger, reservation, settled
 from tests.ledger.wire import Wire
-from tests.live import ORDER, live_gateway, now
+from tests.live import ORDER, SSE, Conversation, chunked, completed, live_gateway, now, whole
 
 REQUESTS = 20
 
@@ -41,6 +45,79 @@ def test_requests_one_after_the_other(database_url: str, tmp_path: Path) -> None
         }
         assert commits == {"reserve": REQUESTS, "book": REQUESTS}
         assert upstream.connections == 1
+
+
+class Tapped:
+    """A transport, with what is written to it kept."""
+
+    def __init__(self, transport: Any, written: list[bytes]) -> None:
+        self._transport = transport
+        self._written = written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        self._written.append(data)
+        self._transport.write(data)
+
+    def writelines(self, pieces: Sequence[bytes]) -> None:
+        self._written.extend(pieces)
+        self._transport.writelines(pieces)
+
+
+Framing = Callable[[int, list[tuple[str, str]], bytes], bytes]
+
+
+def in_a_chunk(status: int, headers: list[tuple[str, str]], body: bytes) -> bytes:
+    return chunked(status, headers, [body])
+
+
+@pytest.mark.parametrize(("framing", "copies"), [(whole, 0), (in_a_chunk, 1)])
+@pytest.mark.parametrize("size", [1 << 10, 1 << 20])
+def test_an_event_is_copied_once_at_the_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, framing: Framing, copies: int, size: int
+) -> None:
+    """From the reader of the upstream's answer to the client's socket it stays the object that it is, but for the frame of a
+    chunk, which is put around it."""
+    read: list[bytes] = []
+    handed_on: list[bytes] = []
+    written: list[bytes] = []
+    hear, cork, write = transport.Connection.on_body, server._Corked.__init__, exchange.Client.write
+
+    def on_body(self: transport.Connection, body: bytes) -> None:
+        read.append(body)
+        hear(self, body)
+
+    def corked(self: server._Corked, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        cork(self, Tapped(transport, written), loop)  # type: ignore[arg-type]
+
+    async def client_write(self: exchange.Client, piece: bytes) -> None:
+        handed_on.append(piece)
+        await write(self, piece)
+
+    monkeypatch.setattr(transport.Connection, "on_body", on_body)
+    monkeypatch.setattr(server._Corked, "__init__", corked)
+    monkeypatch.setattr(exchange.Client, "write", client_write)
+    body = completed().replace(b"aW1hZ2U=", b"A" * size) + b"data: [DONE]\n\n"
+    with live_gateway(f"sqlite:///{tmp_path / 'beanmeter.db'}", tmp_path) as (gateway, upstream):
+
+        async def script(conversation: Conversation) -> None:
+            # The head by itself, as from BeansAI: what follows it is a stream and not a whole answer.
+            head, end, rest = framing(200, SSE, body).partition(b"\r\n\r\n")
+            await conversation.write(head + end)
+            await asyncio.sleep(0.05)
+            await conversation.write(rest)
+
+        upstream.script = script
+        response = gateway.client.post("/images/generations", json=ORDER | {"stream": True})
+        assert response.content == body
+    assert b"".join(read) == body
+    same = {id(piece) for piece in read}
+    assert {id(piece) for piece in handed_on} <= same
+    copied = sum(len(piece) for piece in written if id(piece) not in same and b"A" * 99 in piece)
+    # Beside the body some bytes of frames, and the end of the answer.
+    assert copied == pytest.approx(copies * len(body), rel=0.01, abs=200 * copies)
 
 
 def test_a_batch_on_sqlite_is_a_few_statements(tmp_path: Path) -> None:
