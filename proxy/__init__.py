@@ -5,7 +5,7 @@ The rooms, from the ground up. A file imports only from floors below its own.
 - floor 0: ``money``, ``periods``, ``tokens``, ``errors``, ``headers``, ``skim``, ``images`` -- pure, know nothing of each other
 - floor 1: ``prices``, ``forms``, ``whole``, ``door``, ``inputs`` -- pure: what an image costs, how a form is read, how small
   JSON is read at once, who may see the books, how queries and documents are read
-- floor 2: ``orders``, ``taps`` -- pure: what a request asks for, and what an answer brought
+- floor 2: ``orders``, ``taps/`` -- pure: what a request asks for, and what an answer brought
 - floor 3: ``outcomes``, ``settings``, ``spool``, ``transport`` -- what an end means for the money, what the operator decides,
   bodies on disk, HTTP to one upstream
 - floor 4: ``ledger/``, ``upstream``, ``logs``, ``signals``, ``simulator/`` -- the database, the way to BeansAI, what the

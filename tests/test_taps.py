@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 
 from proxy.prices import DeliveredImage
 from proxy.skim import SkimError
-from proxy.taps import IMAGES_MAX, LINES_MAX, Delivery, Usage, _Document, _Events, open_tap
+from proxy.taps import Delivery, Usage, open_tap
+from proxy.taps.delivery import IMAGES_MAX
+from proxy.taps.documents import Document
+from proxy.taps.events import LINES_MAX, Events
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR" + struct.pack(">II", 2048, 1152) + bytes(99)).decode()
 
@@ -376,7 +379,7 @@ def test_no_bytes_break_it(body: bytes, encoding: bytes | None) -> None:
 @given(body=bodies)
 def test_the_stream_reader_has_no_faults_to_hide(body: bytes) -> None:
     """A tap swallows faults so that the relay goes on; this looks behind it."""
-    events = _Events()
+    events = Events()
     for piece in cut(body, 11):
         events.feed(piece)
     events.end()
@@ -385,7 +388,7 @@ def test_the_stream_reader_has_no_faults_to_hide(body: bytes) -> None:
 
 @given(body=bodies)
 def test_the_document_reader_has_no_faults_but_those_of_the_document(body: bytes) -> None:
-    document = _Document()
+    document = Document()
     with contextlib.suppress(SkimError):
         for piece in cut(b'{"data":[{' + body, 11):
             document.feed(piece)

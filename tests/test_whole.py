@@ -17,7 +17,10 @@ from proxy.errors import Refusal
 from proxy.orders import READ_FIELDS, Reading, open_order
 from proxy.prices import parse_card
 from proxy.skim import DEPTH_MAX, SCALAR_BYTES_MAX
-from proxy.taps import IMAGE_PREFIX_BYTES, IMAGES_MAX, STEP_BYTES, Delivery, _read_at_once, open_tap
+from proxy.taps import Delivery, open_tap
+from proxy.taps.decoding import STEP_BYTES
+from proxy.taps.delivery import IMAGE_PREFIX_BYTES, IMAGES_MAX
+from proxy.taps.documents import _read_at_once
 from proxy.whole import WHOLE_BYTES_MAX, may_be_whole, read_whole
 from tests.test_taps import DOCUMENTS, PNG
 
