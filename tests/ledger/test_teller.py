@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,54 +18,10 @@ from proxy.ledger.engine import Database
 from proxy.ledger.journal import SUFFIX, Journal
 from proxy.ledger.teller import BATCH_JOBS_MAX, LedgerDown, Step, Teller
 from tests.ledger.ledgers import NOON, PRICE, Account, Ledger, released, reservation, reviewed, settled
+from tests.ledger.tellers import PATIENCE_SECONDS, all_of, at_work, states, until
 from tests.ledger.traffic import Log
 from tests.ledger.wire import Cut, Wire
 from tests.outage import database_away
-
-# What takes longer than this won't come.
-PATIENCE_SECONDS = 30
-
-
-@asynccontextmanager
-async def at_work(url: str, journal: Journal | None = None) -> AsyncIterator[tuple[Teller, Log]]:
-    """A teller on a database of its own, and what it reports."""
-    database, log = Database(url), Log()
-    teller = Teller(database, lambda: NOON, log, journal)
-    teller.start()
-    try:
-        yield teller, log
-    finally:
-        await teller.close(PATIENCE_SECONDS)
-        database.close()
-
-
-async def all_of(futures: Sequence[Awaitable[object]]) -> list[object]:
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        return await asyncio.gather(*futures, return_exceptions=True)
-
-
-async def until(true: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while not true():  # noqa: ASYNC110 -- what is waited for happens in a thread or in a database
-            await asyncio.sleep(0.01)
-
-
-@pytest.fixture
-def account(ledger: Ledger) -> Iterator[Account]:
-    found = ledger.account()
-    ledger.set_budget(1000 * PRICE)
-    # Only the teller's own connections are open from here on.
-    ledger.close()
-    yield found
-    # Whatever a test did: nothing is lost, doubled or held in the wrong place.
-    ledger.check()
-
-
-def states(ledger: Ledger) -> dict[str, str]:
-    found = {charge_id: row["state"] for charge_id, row in ledger.charges().items()}
-    ledger.close()
-    return found
-
 
 # Gathering
 
@@ -120,6 +75,26 @@ def test_bookings_and_reservations_share_a_transaction(ledger: Ledger, account: 
         assert log.commits == ["reserve", "reserve", "book"]
 
     asyncio.run(scenario())
+
+
+def test_waking_the_thread_splits_no_batch(ledger: Ledger, account: Account) -> None:
+    jobs = [reservation(account) for _ in range(20)]
+
+    async def scenario() -> list[Step]:
+        async with at_work(ledger.url) as (teller, log):
+            with ledger.database.writing() as connection:
+                lock_teams(connection, [account.team_id])
+                held = [teller.reserve(jobs[0])]
+                await until(lambda: teller._waiting.empty())
+                for job in jobs[1:]:
+                    held.append(teller.reserve(job))
+                    await teller.settled(0)
+                    teller._waiting.put(None)
+            await all_of(held)
+        return log.commits
+
+    # That of the first, for which the others waited, and theirs; or all have come before the thread had looked twice.
+    assert asyncio.run(scenario()) in (["reserve"], ["reserve"] * 2)
 
 
 # Away
@@ -444,131 +419,6 @@ def test_a_booking_that_takes_its_time_is_made_safe_beside_it(ledger: Ledger, ac
     asyncio.run(scenario())
     assert list(states(ledger).values()) == ["settled"]
     assert list((tmp_path / "journal").iterdir()) == [], "what is booked waits no longer"
-
-
-def test_what_is_left_goes_along_with_the_next_reservation(ledger: Ledger, account: Account, tmp_path: Path) -> None:
-    first, second = reservation(account), reservation(account)
-    ledger.post([first])
-
-    async def scenario() -> None:
-        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, log):
-            assert teller.leave(settled(first))
-            assert isinstance(await teller.reserve(second), Admitted)
-            assert list(states(ledger).values()) == ["settled", "forwarded"]
-            await until(lambda: log.commits == ["reserve", "book"])
-
-    asyncio.run(scenario())
-    assert not list((tmp_path / "journal").iterdir())
-
-
-def test_what_is_left_is_booked_without_company(ledger: Ledger, account: Account, tmp_path: Path) -> None:
-    jobs = [reservation(account) for _ in range(2)]
-    ledger.post(jobs)
-
-    async def scenario() -> None:
-        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, log):
-            assert teller.leave(settled(jobs[0]))
-            await until(lambda: log.commits == ["book"])
-            assert teller.leave(settled(jobs[1]))
-            await teller.settled(PATIENCE_SECONDS)
-            assert list(states(ledger).values()) == ["settled"] * 2
-
-    asyncio.run(scenario())
-
-
-def test_more_is_left_at_once_than_a_batch_takes(ledger: Ledger, account: Account, tmp_path: Path) -> None:
-    jobs = [reservation(account) for _ in range(BATCH_JOBS_MAX + 10)]
-    ledger.post(jobs)
-
-    async def scenario() -> None:
-        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, log):
-            assert all(teller.leave(settled(job)) for job in jobs)
-            await until(lambda: not teller._unbooked_yet)
-            assert log.commits == ["book"] * 2
-
-    asyncio.run(scenario())
-    assert set(states(ledger).values()) == {"settled"}
-
-
-def test_waking_the_thread_splits_no_batch(ledger: Ledger, account: Account) -> None:
-    jobs = [reservation(account) for _ in range(20)]
-
-    async def scenario() -> list[Step]:
-        async with at_work(ledger.url) as (teller, log):
-            with ledger.database.writing() as connection:
-                lock_teams(connection, [account.team_id])
-                held = [teller.reserve(jobs[0])]
-                await until(lambda: teller._waiting.empty())
-                for job in jobs[1:]:
-                    held.append(teller.reserve(job))
-                    await teller.settled(0)
-                    teller._waiting.put(None)
-            await all_of(held)
-        return log.commits
-
-    # That of the first, for which the others waited, and theirs; or all have come before the thread had looked twice.
-    assert asyncio.run(scenario()) in (["reserve"], ["reserve"] * 2)
-
-
-def test_what_is_left_at_the_end_of_a_process_is_booked(ledger: Ledger, account: Account, tmp_path: Path) -> None:
-    job = reservation(account)
-    ledger.post([job])
-
-    async def scenario() -> None:
-        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, _):
-            assert teller.leave(settled(job))
-
-    asyncio.run(scenario())
-    assert list(states(ledger).values()) == ["settled"]
-    assert not list((tmp_path / "journal").iterdir())
-
-
-def test_what_is_left_while_the_thread_is_stuck_is_made_safe(ledger: Ledger, account: Account, tmp_path: Path) -> None:
-    job = reservation(account)
-    ledger.post([job])
-
-    async def scenario() -> None:
-        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, _):
-            with Database(ledger.url).writing() as connection:
-                lock_teams(connection, [account.team_id])
-                assert teller.leave(settled(job))
-                kept = {file.suffix: file for file in (tmp_path / "journal").iterdir()}
-                noted = kept[".notes"].read_bytes().rstrip(b"\0")
-                assert job.charge_id.encode() in noted
-                await until(lambda: job.charge_id.encode() in kept[".journal"].read_bytes())
-                await until(lambda: kept[".notes"].read_bytes().rstrip(b"\0") == b"\0" + noted[1:])
-
-    asyncio.run(scenario())
-    assert list(states(ledger).values()) == ["settled"]
-
-
-def test_nothing_is_left_that_can_not_be_noted(ledger: Ledger, account: Account) -> None:
-    job = reservation(account)
-    ledger.post([job])
-
-    async def scenario() -> None:
-        async with at_work(ledger.url) as (teller, _):
-            assert not teller.leave(settled(job))
-
-    asyncio.run(scenario())
-    assert list(states(ledger).values()) == ["forwarded"]
-
-
-def test_nothing_is_left_while_the_database_is_away(ledger: Ledger, account: Account, tmp_path: Path) -> None:
-    jobs = [reservation(account) for _ in range(2)]
-    ledger.post(jobs)
-    ledger.close()
-
-    async def scenario() -> None:
-        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, _):
-            with database_away(ledger.url):
-                await teller.book(settled(jobs[0]))
-                assert teller.behind
-                assert not teller.leave(settled(jobs[1]))
-                await teller.book(settled(jobs[1]))
-
-    asyncio.run(scenario())
-    assert list(states(ledger).values()) == ["settled"] * 2
 
 
 def test_a_reservation_withdrawn_when_it_was_just_committed_is_let_go(ledger: Ledger, account: Account) -> None:

@@ -1,0 +1,120 @@
+"""Bookings that nobody waits for: when they are written, and that each is safe until then."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from proxy.ledger.books import lock_teams
+from proxy.ledger.decisions import Admitted
+from proxy.ledger.engine import Database
+from proxy.ledger.journal import Journal
+from proxy.ledger.teller import BATCH_JOBS_MAX
+from tests.ledger.ledgers import Account, Ledger, reservation, settled
+from tests.ledger.tellers import PATIENCE_SECONDS, at_work, states, until
+from tests.outage import database_away
+
+
+def test_what_is_left_goes_along_with_the_next_reservation(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    first, second = reservation(account), reservation(account)
+    ledger.post([first])
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, log):
+            assert teller.leave(settled(first))
+            assert isinstance(await teller.reserve(second), Admitted)
+            assert list(states(ledger).values()) == ["settled", "forwarded"]
+            await until(lambda: log.commits == ["reserve", "book"])
+
+    asyncio.run(scenario())
+    assert not list((tmp_path / "journal").iterdir())
+
+
+def test_what_is_left_is_booked_without_company(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    jobs = [reservation(account) for _ in range(2)]
+    ledger.post(jobs)
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, log):
+            assert teller.leave(settled(jobs[0]))
+            await until(lambda: log.commits == ["book"])
+            assert teller.leave(settled(jobs[1]))
+            await teller.settled(PATIENCE_SECONDS)
+            assert list(states(ledger).values()) == ["settled"] * 2
+
+    asyncio.run(scenario())
+
+
+def test_more_is_left_at_once_than_a_batch_takes(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    jobs = [reservation(account) for _ in range(BATCH_JOBS_MAX + 10)]
+    ledger.post(jobs)
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, log):
+            assert all(teller.leave(settled(job)) for job in jobs)
+            await until(lambda: not teller._unbooked_yet)
+            assert log.commits == ["book"] * 2
+
+    asyncio.run(scenario())
+    assert set(states(ledger).values()) == {"settled"}
+
+
+def test_what_is_left_at_the_end_of_a_process_is_booked(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    job = reservation(account)
+    ledger.post([job])
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, _):
+            assert teller.leave(settled(job))
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["settled"]
+    assert not list((tmp_path / "journal").iterdir())
+
+
+def test_what_is_left_while_the_thread_is_stuck_is_made_safe(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    job = reservation(account)
+    ledger.post([job])
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, _):
+            with Database(ledger.url).writing() as connection:
+                lock_teams(connection, [account.team_id])
+                assert teller.leave(settled(job))
+                kept = {file.suffix: file for file in (tmp_path / "journal").iterdir()}
+                noted = kept[".notes"].read_bytes().rstrip(b"\0")
+                assert job.charge_id.encode() in noted
+                await until(lambda: job.charge_id.encode() in kept[".journal"].read_bytes())
+                await until(lambda: kept[".notes"].read_bytes().rstrip(b"\0") == b"\0" + noted[1:])
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["settled"]
+
+
+def test_nothing_is_left_that_can_not_be_noted(ledger: Ledger, account: Account) -> None:
+    job = reservation(account)
+    ledger.post([job])
+
+    async def scenario() -> None:
+        async with at_work(ledger.url) as (teller, _):
+            assert not teller.leave(settled(job))
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["forwarded"]
+
+
+def test_nothing_is_left_while_the_database_is_away(ledger: Ledger, account: Account, tmp_path: Path) -> None:
+    jobs = [reservation(account) for _ in range(2)]
+    ledger.post(jobs)
+    ledger.close()
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, _):
+            with database_away(ledger.url):
+                await teller.book(settled(jobs[0]))
+                assert teller.behind
+                assert not teller.leave(settled(jobs[1]))
+                await teller.book(settled(jobs[1]))
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["settled"] * 2
