@@ -102,7 +102,7 @@ def test_every_room_of_the_table_exists() -> None:
     assert {room_of(path) for path in MODULES} == FLOORS.keys()
 
 
-def test_there_are_three_lock_files() -> None:
+def test_there_are_four_lock_files() -> None:
     names = ["requirements-build.txt", "requirements-dev.txt", "requirements-full.txt", "requirements.txt"]
     assert [path.name for path in LOCK_FILES] == names
 

@@ -23,16 +23,16 @@ IMAGES_MAX = 1_000
 
 IMAGE_NAMES = ("b64_json", "url")
 
-COUNTS = ("input_tokens", "output_tokens", "total_tokens")
+TOKEN_FIELDS = ("input_tokens", "output_tokens", "total_tokens")
 
 # The sum over as many events as there can be lines stays inside a signed 64-bit column.
-COUNT = re.compile(rb"[0-9]{1,12}")
+TOKEN_COUNT = re.compile(rb"[0-9]{1,12}")
 
 SHARED_WATCH: Mapping[tuple[str, ...], int] = {
     ("size",): SCALAR_BYTES,
     ("quality",): SCALAR_BYTES,
     ("error",): SCALAR_BYTES,
-    **{("usage", count): SCALAR_BYTES for count in COUNTS},
+    **{("usage", count): SCALAR_BYTES for count in TOKEN_FIELDS},
 }
 
 
@@ -77,7 +77,7 @@ class Facts:
         """Take up one value of :data:`SHARED_WATCH`. Of a name given twice the last counts, as for every JSON reader."""
         name = found.path[0]
         if name == "usage":
-            if found.kind == "number" and COUNT.fullmatch(found.raw):
+            if found.kind == "number" and TOKEN_COUNT.fullmatch(found.raw):
                 self.counts[found.path[1]] = int(found.raw)
         elif name == "size":
             self.size = _reported(found)
@@ -90,19 +90,19 @@ class Facts:
         return DeliveredImage(self.size, self.quality, measured_size if self.size is None else None)
 
 
-def string(found: Found) -> str | None:
+def text_of(found: Found) -> str | None:
     return found.text() if found.kind == "string" and found.whole else None
 
 
 def _reported(found: Found) -> str | None:
-    text = string(found)
+    text = text_of(found)
     return None if text in ("", AUTO) else text
 
 
-def measured(found: Found) -> str | None:
+def measured_size(found: Found) -> str | None:
     """The size in the header of an image given as base64 or as a data URL; any other URL decodes to no image."""
     return measure_base64(found.text()) if found.kind == "string" else None
 
 
-def usage(counts: dict[str, int]) -> Usage | None:
+def usage_of(counts: dict[str, int]) -> Usage | None:
     return Usage(**counts) if counts else None

@@ -8,17 +8,17 @@ from proxy.images import measure_base64
 from proxy.prices import AUTO, DeliveredImage
 from proxy.skim import Found, Skim, Watch
 from proxy.taps.delivery import (
-    COUNT,
-    COUNTS,
     IMAGE_NAMES,
     IMAGE_PREFIX_BYTES,
     IMAGES_MAX,
     SCALAR_BYTES,
     SHARED_WATCH,
+    TOKEN_COUNT,
+    TOKEN_FIELDS,
     Delivery,
     Facts,
-    measured,
-    usage,
+    measured_size,
+    usage_of,
 )
 from proxy.whole import Members, Value, may_be_whole, read_whole
 
@@ -77,7 +77,7 @@ def _read_at_once(piece: bytes) -> Delivery | None:
     ]
     error = said.get("error") is not None
     understood = error or "data" in said or "created" in said
-    return Delivery(tuple(images), True, error, understood, usage(_counts(said.get("usage"))))
+    return Delivery(tuple(images), True, error, understood, usage_of(_counts(said.get("usage"))))
 
 
 def _surely_whole(value: Value) -> bool:
@@ -109,7 +109,11 @@ def _measured_at_once(element: Members) -> str | None:
 def _counts(told: Value) -> dict[str, int]:
     if not isinstance(told, tuple):
         return {}
-    return {name: int(value) for name, value in told if name in COUNTS and isinstance(value, bytes) and COUNT.fullmatch(value)}
+    return {
+        name: int(value)
+        for name, value in told
+        if name in TOKEN_FIELDS and isinstance(value, bytes) and TOKEN_COUNT.fullmatch(value)
+    }
 
 
 class _Pieces:
@@ -139,7 +143,7 @@ class _Pieces:
             complete=self._skim.whole,
             error=self._facts.error,
             understood=self._known or self._facts.error,
-            usage=usage(self._facts.counts),
+            usage=usage_of(self._facts.counts),
         )
 
     def _take_up(self) -> None:
@@ -186,4 +190,4 @@ class _Element:
         self.named = True
         if found.kind != "null" and found.raw != b'""':
             self.filled = True
-            self.measured_size = self.measured_size or measured(found)
+            self.measured_size = self.measured_size or measured_size(found)

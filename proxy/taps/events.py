@@ -13,9 +13,9 @@ from proxy.taps.delivery import (
     Delivery,
     Facts,
     Unreadable,
-    measured,
-    string,
-    usage,
+    measured_size,
+    text_of,
+    usage_of,
 )
 
 # An event's type or name; the longest known has 30 bytes.
@@ -95,7 +95,7 @@ class Events:
             complete=self._ended or self._done or self._error,
             error=self._error,
             understood=self._known,
-            usage=usage(self._counts),
+            usage=usage_of(self._counts),
         )
 
     def _read(self, part: bytes) -> None:
@@ -198,8 +198,8 @@ class _Event:
     def _note(self, found: Found) -> None:
         match found.path:
             case ("type",):
-                self._type = string(found)
+                self._type = text_of(found)
             case ("b64_json" | "url",):
-                self.measured_size = self.measured_size or measured(found)
+                self.measured_size = self.measured_size or measured_size(found)
             case _:
                 self.facts.note(found)
