@@ -230,8 +230,10 @@ def gateway(
     workers: int = 1,
     database_url: str = "",
     key: str = "",
+    checkout: Path = ROOT,
 ) -> Iterator[Machine]:
-    """``beanmeter serve``, on a new SQLite database with a team and its budget, unless another one is named with a key."""
+    """``beanmeter serve``, on a new SQLite database with a team and its budget, unless another one is named with a key; its
+    code is this checkout's or another's."""
     directory = Path(tempfile.mkdtemp(dir=directory))
     database_url = database_url or f"sqlite:///{directory / 'beanmeter.db'}"
     key = key or open_books(database_url)
@@ -243,7 +245,7 @@ def gateway(
         port,
         ready_path="/readyz",
         environment={
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(checkout),
             "BEANMETER_UPSTREAM_URL": f"http://127.0.0.1:{upstream.port}/v1",
             "BEANMETER_UPSTREAM_KEY": "sk-beans-bench",
             "BEANMETER_DATABASE_URL": database_url,
