@@ -10,6 +10,7 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
+from bench import books
 from bench.latency import percentile_ms
 from bench.load import Client, Wrk, take_turns
 from bench.machines import Machine, gateway, open_books, postgres, scratch, upstream
@@ -38,6 +39,8 @@ def measure(checkouts: list[Path], *, postgresql: bool, workers: int) -> list[st
                 )
             )
         medians = take_turns(Wrk(directory, CLIENTS), machines, rounds=ROUNDS, seconds=ROUND_SECONDS)
+        for machine in machines:
+            books.check(machine.database_url, medians[machine.name].requests)
         clients = {machine.name: Client(machine) for machine in (beans, *machines)}
         for client in clients.values():
             client.ask(WARM_UP)

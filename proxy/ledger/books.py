@@ -186,20 +186,32 @@ _CHARGES = (
     "FROM charges WHERE id IN :charges[]",
 )
 
-_LIMITS = (Limit._fields, "FROM limits WHERE team_id IN :teams[] AND (key_id IS NULL OR key_id IN :keys[])")
+
+def _rules(table: str, *of_keys: str) -> str:
+    """Budgets or limits: the teams' own, and those of keys, by one condition after the other that says whose.
+
+    Each kind has an index of its own, and asked for in one condition they would be found by neither, but by reading all.
+    """
+    kinds = ["key_id IS NULL"]
+    for place, condition in enumerate(of_keys):
+        others = "".join(f" AND NOT {before}" for before in of_keys[:place])
+        kinds.append(f"key_id IS NOT NULL AND {condition}{others}")
+    return "(" + " UNION ALL ".join(f"SELECT * FROM {table} WHERE team_id IN :teams[] AND {kind}" for kind in kinds) + ")"
 
 
-def _budgets(of_keys: str) -> tuple[Sequence[str], str]:
+_OF_KEYS = "key_id IN :keys[]"
+_OF_CHARGES = "key_id IN (SELECT key_id FROM charges WHERE id IN :charges[])"
+
+_LIMITS = (Limit._fields, f"FROM {_rules('limits', _OF_KEYS)} AS l")
+
+
+def _budgets(*of_keys: str) -> tuple[Sequence[str], str]:
     return (
         ("b.id", "b.team_id", "b.key_id", "b.period", "b.soft", "b.limit_micro_usd", "p.settled_micro_usd", "p.held_micro_usd"),
-        f"""FROM budgets b LEFT JOIN balances p ON p.budget_id = b.id AND p.period_start =
-            CASE b.period WHEN 'day' THEN :day WHEN 'week' THEN :week WHEN 'month' THEN :month ELSE :total END
-        WHERE b.team_id IN :teams[] AND (b.key_id IS NULL OR {of_keys})""",
+        f"""FROM {_rules("budgets", *of_keys)} AS b LEFT JOIN balances p ON p.budget_id = b.id AND p.period_start =
+            CASE b.period WHEN 'day' THEN :day WHEN 'week' THEN :week WHEN 'month' THEN :month ELSE :total END""",
     )
 
-
-_OF_KEYS = "b.key_id IN :keys[]"
-_OF_CHARGES = "b.key_id IN (SELECT key_id FROM charges WHERE id IN :charges[])"
 
 _IN_PERIODS: Mapping[str, Type] = {"teams": "bigint[]", **dict.fromkeys(periods.PERIODS, "date")}
 _OF_RESERVATIONS: Mapping[str, Type] = {**_IN_PERIODS, "keys": "text[]"}
@@ -208,7 +220,7 @@ _OF_BOOKINGS: Mapping[str, Type] = {**_IN_PERIODS, "charges": "text[]"}
 # Most batches are of one job, or of several of a kind: each kind has its own questions, so that nothing is asked in vain.
 _ON_RESERVING = Question(_OF_RESERVATIONS, _budgets(_OF_KEYS), _KEYS, _LIMITS)
 _ON_BOOKING = Question(_OF_BOOKINGS, _budgets(_OF_CHARGES), _CHARGES)
-_ON_BOTH = Question({**_OF_RESERVATIONS, **_OF_BOOKINGS}, _budgets(f"{_OF_KEYS} OR {_OF_CHARGES}"), _KEYS, _LIMITS, _CHARGES)
+_ON_BOTH = Question({**_OF_RESERVATIONS, **_OF_BOOKINGS}, _budgets(_OF_KEYS, _OF_CHARGES), _KEYS, _LIMITS, _CHARGES)
 
 
 def _read(driver: Any, reservations: Sequence[Reservation], bookings: Sequence[Booking], now: datetime) -> _Page:

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 LOCK_WAIT_SECONDS = 10
 
 # SQLite has no queue of writers: each looks now and then whether it is its turn. SQLite's own way is to look after 1, 2, 5, 10
-# and up to 100 ms, and whoever has just committed is always quicker: of two workers under load one waits for seconds.
+# and up to 100 ms, and whoever has just committed is quicker: of two workers under load one waits for hundreds of commits.
 LOOK_SECONDS = 0.0002
 
 # A database that does not answer within this is away: requests are refused rather than kept waiting.
@@ -283,14 +283,18 @@ def _switch_to_wal(cursor: sqlite3.Cursor) -> None:
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     while True:
         try:
-            cursor.execute("PRAGMA journal_mode = WAL")
-            return
+            (mode,) = cursor.execute("PRAGMA journal_mode = WAL").fetchone()
         except sqlite3.OperationalError as error:
             # Of several processes that open a new file at once, one switches it. SQLite doesn't let the others wait for
             # that as they wait for a writer: it refuses them at once.
             if not _is_busy(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
+        else:
+            if mode != "wal":
+                # It says so, and goes on in another way, in which a reader keeps writers from their commit.
+                raise sqlite3.OperationalError(f"SQLite writes in mode {mode!r} here, not ahead: keep it on a local disk")
+            return
 
 
 def _open_postgresql(url: URL, *, writes: bool) -> Engine:
@@ -308,6 +312,8 @@ def _open_postgresql(url: URL, *, writes: bool) -> Engine:
         # Such a plan is made while the tables are next to empty, when to read all of one seems cheapest, and is kept while
         # they grow. What is left is to look up row by row.
         options |= dict.fromkeys(("enable_seqscan", "enable_hashjoin", "enable_mergejoin"), "off")
+        # Where there is no other way, what is switched off looks so dear that the server would compile the statement first.
+        options["jit"] = "off"
     return create_engine(
         url.set(drivername="postgresql+psycopg"),
         pool_size=1 if writes else 4,

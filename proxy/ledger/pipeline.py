@@ -22,8 +22,8 @@ from psycopg.pq.abc import PGconn, PGresult
 # What the driver says itself ahead of a first statement, and then waits for; here it goes along.
 _BEGIN = b"BEGIN ISOLATION LEVEL READ COMMITTED"
 
-# An unknown statement, and one whose result would have other types than when it was prepared: somebody has let go of the
-# statements of this session, or has changed a table.
+# An unknown statement, and what the server can't do, such as carry out one whose result would have other types than when it
+# was prepared: somebody has let go of this session's statements, or has changed a table.
 _STALE = (errors.InvalidSqlStatementName, errors.FeatureNotSupported)
 
 _numbers = count(1)
@@ -60,10 +60,9 @@ def ask(driver: psycopg.Connection[Any], *asked: tuple[Statement, Sequence[objec
     try:
         return _ask(driver, asked)
     except _STALE:
-        # They are prepared anew, and asked again where that begins the transaction anew as well.
-        _prepared.pop(driver, None)
         if not begins:
             raise
+        # Nothing has been done yet in this transaction: it begins once more, with statements that are prepared anew.
         driver.rollback()
         return _ask(driver, asked)
 
@@ -101,7 +100,10 @@ def _ask(driver: psycopg.Connection[Any], asked: Sequence[tuple[Statement, Seque
     names.update(new[place] for place in new if results[place].status == ExecStatus.COMMAND_OK)
     for result in results:
         if result.status == ExecStatus.FATAL_ERROR:
-            raise errors.error_from_result(result)
+            error = errors.error_from_result(result)
+            if isinstance(error, _STALE):
+                names.clear()
+            raise error
     return [results[place] for place in places]
 
 

@@ -13,9 +13,11 @@ Cut = Literal["before", "after", "late"]
 
 _COMMIT = b"COMMIT\0"
 
-# The protocol's two messages that are answered at once; neither can stand in what else is sent here, which has no NUL.
-_SYNC = b"S\0\0\0\x04"
-_QUERY = b"Q\0\0"
+# The protocol's two messages that are answered at once: sync, and a query by itself.
+_AWAITED = b"SQ"
+
+# Before the first message that has a type comes the one that asks for this protocol; there may be others before it.
+_PROTOCOL_3 = 3
 
 
 class _Link:
@@ -25,7 +27,8 @@ class _Link:
         self.wire, self.client, self.server = wire, client, server
         self.muffled = False
         self.silent = False
-        self._tail = b""
+        self._unread = b""
+        self._typed = False
         for pump in (self._to_server, self._to_client):
             threading.Thread(target=pump, daemon=True).start()
 
@@ -58,9 +61,18 @@ class _Link:
         self.close()
 
     def _count(self, data: bytes) -> None:
-        seen = self._tail + data
-        self._tail = seen[-4:]
-        self.wire.waits += seen.count(_SYNC) + seen.count(_QUERY)
+        """Read the messages, each of which is its length and what it says, most of them behind the letter of their type."""
+        self._unread += data
+        while len(self._unread) >= 5:
+            start = 1 if self._typed else 0
+            end = start + int.from_bytes(self._unread[start : start + 4], "big")
+            if len(self._unread) < end:
+                return
+            if self._typed:
+                self.wire.waits += self._unread[0] in _AWAITED
+            else:
+                self._typed = int.from_bytes(self._unread[4:6], "big") == _PROTOCOL_3
+            self._unread = self._unread[end:]
 
     def _cut(self, cut: Cut, data: bytes) -> None:
         if cut == "before":
