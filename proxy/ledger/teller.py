@@ -46,6 +46,9 @@ WAITING_MAX = 10_000
 # connections, which no time limit of the server's own can end.
 FROZEN_SECONDS = 20.0
 
+# What a disk may take at the end of a process whose database is stuck, to keep what is not booked.
+LAST_SECONDS = 5.0
+
 # Bookings that could not be written are tried again at these intervals, for as long as the process lives.
 RETRY_SECONDS_FIRST = 0.1
 RETRY_SECONDS_MAX = 2.0
@@ -232,7 +235,7 @@ class Teller:
         return len({id(item.job) for item in waiting})
 
     async def close(self, timeout_seconds: float) -> None:
-        """Write what is waiting, then stop; gives the database at most ``timeout_seconds``."""
+        """Write what is waiting, then stop; gives the database at most ``timeout_seconds``, then the disk :data:`LAST_SECONDS`."""
         self._give_up_at = time.monotonic() + timeout_seconds
         self._closing = True
         self._waiting.put(None)
@@ -245,10 +248,11 @@ class Teller:
         if self._journal is None:
             return
         if self._thread.is_alive():
-            # It is stuck in the database. What it has not come to is made safe without it; the file is left to the end of
-            # the process, since the thread may still write to it.
-            with self._journal_lock:
-                self._journalise([item for item in self._unbooked_yet.values() if not item.journaled])
+            # It is stuck in the database. What it has not come to is made safe without it, where the disk is not stuck as well.
+            # The file is left to the end of the process, since the thread may still write to it.
+            last = threading.Thread(target=self._secure_all, name="teller-last", daemon=True)
+            last.start()
+            await asyncio.to_thread(last.join, LAST_SECONDS)
         else:
             self._journal.close()
 
@@ -408,6 +412,10 @@ class Teller:
             return
         with self._journal_lock:
             self._journalise(new)
+
+    def _secure_all(self) -> None:
+        with self._journal_lock:
+            self._journalise([item for item in list(self._unbooked_yet.values()) if not item.journaled])
 
     def _secure(self, jobs: Sequence[Booking]) -> None:
         with self._journal_lock:

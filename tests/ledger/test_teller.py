@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -460,6 +461,41 @@ def test_bookings_of_one_charge_that_differ_are_each_made_safe(ledger: Ledger, a
 
     asyncio.run(scenario())
     assert states(ledger) == {job.charge_id: "settled"}
+
+
+def test_closing_ends_though_database_and_disk_are_stuck(
+    ledger: Ledger, account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = reservation(account)
+    ledger.post([job])
+    free = threading.Event()
+    write = Journal.write
+
+    def write_when_free(self: Journal, bookings: Iterable[Booking]) -> None:
+        assert free.wait(PATIENCE_SECONDS), "whoever waits for this disk waits for ever"
+        write(self, bookings)
+
+    monkeypatch.setattr(Journal, "write", write_when_free)
+    monkeypatch.setattr("proxy.ledger.teller.LAST_SECONDS", 0.1)
+
+    async def scenario() -> None:
+        teller = Teller(ledger.database, lambda: NOON, Log(), Journal(tmp_path / "journal"))
+        teller.start()
+        with Database(ledger.url).writing() as connection:
+            lock_teams(connection, [account.team_id])
+            booking = settled(job)
+            booked = teller.book(booking)
+            securing = asyncio.create_task(teller.secure(booking))
+            await until(teller._journal_lock.locked)
+            await teller.close(0.1)
+            assert not booked.done()
+        free.set()
+        await securing
+        await booked
+        await asyncio.to_thread(teller._thread.join)
+
+    asyncio.run(scenario())
+    assert list(states(ledger).values()) == ["settled"]
 
 
 @pytest.mark.postgres
