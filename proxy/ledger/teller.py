@@ -235,7 +235,7 @@ class Teller:
         return len({id(item.job) for item in waiting})
 
     async def close(self, timeout_seconds: float) -> None:
-        """Write what is waiting, then stop. The database gets at most ``timeout_seconds``, then the disk :data:`LAST_SECONDS`."""
+        """Write what is waiting, then stop: ``timeout_seconds`` at most, then :data:`LAST_SECONDS` for the disk."""
         self._give_up_at = time.monotonic() + timeout_seconds
         self._closing = True
         self._waiting.put(None)
