@@ -52,7 +52,9 @@ def test_more_is_left_at_once_than_a_batch_takes(ledger: Ledger, account: Accoun
     async def scenario() -> None:
         async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, log):
             assert all(teller.leave(settled(job)) for job in jobs)
-            await until(lambda: not teller._unbooked_yet)
+            # Each is told of when its batch has come to its end.
+            await until(lambda: len(log.commits) >= 2)
+            assert not teller._unbooked_yet
             assert log.commits == ["book"] * 2
 
     asyncio.run(scenario())
