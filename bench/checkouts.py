@@ -11,8 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench import books
-from bench.latency import percentile_ms
-from bench.load import Client, Wrk, take_turns
+from bench.load import Wrk, ask_in_turns, percentile_ms, take_turns
 from bench.machines import Machine, gateway, open_books, postgres, scratch, upstream
 from bench.small import CLIENTS, rate
 
@@ -41,15 +40,8 @@ def measure(checkouts: list[Path], *, postgresql: bool, workers: int) -> list[st
         medians = take_turns(Wrk(directory, CLIENTS), machines, rounds=ROUNDS, seconds=ROUND_SECONDS)
         for machine in machines:
             books.check(machine.database_url, medians[machine.name].requests)
-        clients = {machine.name: Client(machine) for machine in (beans, *machines)}
-        for client in clients.values():
-            client.ask(WARM_UP)
-        seconds: dict[str, list[float]] = {name: [] for name in clients}
-        for _ in range(TURNS):
-            for name, client in clients.items():
-                seconds[name] += client.ask(REQUESTS_A_TURN)
-        for client in clients.values():
-            client.close()
+        by_name = {machine.name: machine for machine in (beans, *machines)}
+        seconds = ask_in_turns(by_name, turns=TURNS, requests_a_turn=REQUESTS_A_TURN, warm_up=WARM_UP)
     direct = seconds.pop(beans.name)
     lines = [f"{CLIENTS} clients: {rate(name, found)}" for name, found in medians.items()]
     for name, through in seconds.items():

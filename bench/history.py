@@ -19,8 +19,7 @@ from pathlib import Path
 
 from sqlalchemy import text
 
-from bench.latency import percentile_ms
-from bench.load import Client, Failed
+from bench.load import Failed, ask_in_turns, percentile_ms
 from bench.machines import ROOT, gateway, open_books, scratch, upstream
 from bench.table import Row, run, verdict
 from proxy.ledger import accounts
@@ -144,19 +143,11 @@ def latencies_seconds(urls: dict[int, str]) -> dict[int, list[float]]:
     with ExitStack() as stack:
         directory = stack.enter_context(scratch())
         beans = stack.enter_context(upstream(directory))
-        clients = {
-            charges: Client(stack.enter_context(gateway(beans, directory, database_url=url, key=new_key(url))))
+        machines = {
+            charges: stack.enter_context(gateway(beans, directory, database_url=url, key=new_key(url)))
             for charges, url in urls.items()
         }
-        seconds: dict[int, list[float]] = {charges: [] for charges in urls}
-        for client in clients.values():
-            client.ask(WARM_UP)
-        for _ in range(TURNS):
-            for charges, client in clients.items():
-                seconds[charges] += client.ask(REQUESTS_A_TURN)
-        for client in clients.values():
-            client.close()
-    return seconds
+        return ask_in_turns(machines, turns=TURNS, requests_a_turn=REQUESTS_A_TURN, warm_up=WARM_UP)
 
 
 def spend_command(url: str) -> None:

@@ -5,11 +5,10 @@ One client asks each in turn, a few requests at a time, on connections that stay
 
 from __future__ import annotations
 
-import statistics
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
-from bench.load import Client
+from bench.load import ask_in_turns, percentile_ms
 from bench.machines import gateway, litellm, nginx, portkey, scratch, upstream
 from bench.table import Row, run, verdict
 
@@ -29,24 +28,13 @@ class Added:
     p99_ms: float
 
 
-def percentile_ms(seconds: list[float], percent: int) -> float:
-    return 1000 * statistics.quantiles(seconds, n=100)[percent - 1]
-
-
 def measure() -> list[Row]:
     with ExitStack() as stack:
         directory = stack.enter_context(scratch())
         beans = stack.enter_context(upstream(directory))
         machines = [beans, *(stack.enter_context(start(beans, directory)) for start in (nginx, gateway, portkey, litellm))]
-        clients = {machine.name: Client(machine) for machine in machines}
-        for client in clients.values():
-            client.ask(WARM_UP)
-        seconds: dict[str, list[float]] = {name: [] for name in clients}
-        for _ in range(TURNS):
-            for name, client in clients.items():
-                seconds[name] += client.ask(REQUESTS_A_TURN)
-        for client in clients.values():
-            client.close()
+        by_name = {machine.name: machine for machine in machines}
+        seconds = ask_in_turns(by_name, turns=TURNS, requests_a_turn=REQUESTS_A_TURN, warm_up=WARM_UP)
     direct = seconds.pop("upstream")
     added = {
         name: Added(*(round(percentile_ms(through, p) - percentile_ms(direct, p), 3) for p in (50, 99)))

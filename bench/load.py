@@ -10,8 +10,10 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from bench.machines import GENERATIONS, JSON, Machine, program
 
@@ -183,3 +185,26 @@ class Client:
 
     def close(self) -> None:
         self._connection.close()
+
+
+_Name = TypeVar("_Name")
+
+
+def ask_in_turns(
+    machines: Mapping[_Name, Machine], *, turns: int, requests_a_turn: int, warm_up: int
+) -> dict[_Name, list[float]]:
+    """How long each request of one client to each machine took, in seconds: A, B, A, B, a few requests at a time, on
+    connections that stay open, after a warm-up of so many requests that do not count."""
+    with ExitStack() as stack:
+        clients = {name: stack.enter_context(closing(Client(machine))) for name, machine in machines.items()}
+        for client in clients.values():
+            client.ask(warm_up)
+        seconds: dict[_Name, list[float]] = {name: [] for name in clients}
+        for _ in range(turns):
+            for name, client in clients.items():
+                seconds[name] += client.ask(requests_a_turn)
+    return seconds
+
+
+def percentile_ms(seconds: Sequence[float], percent: int) -> float:
+    return 1000 * statistics.quantiles(seconds, n=100)[percent - 1]
