@@ -161,19 +161,28 @@ class ScriptedUpstream:
         self.port: int = self._server.sockets[0].getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}/v1"
         self.connections = 0
+        self._serving: set[asyncio.Task[None]] = set()
 
     def answer(self, answer: bytes) -> None:
         """From now on, write these bytes for every request."""
         self.script = replay(answer)
 
     def close(self) -> None:
+        """Take no more connections, and end what is still said on those that are open."""
+
         async def close() -> None:
             self._server.close()
+            for task in self._serving:
+                task.cancel()
+            await asyncio.gather(*self._serving, return_exceptions=True)
 
         self._loop.run(close())
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
         try:
             while True:
                 conversation = Conversation(await self._receive(reader), writer)
@@ -185,6 +194,7 @@ class ScriptedUpstream:
             pass
         finally:
             writer.close()
+            self._serving.discard(task)
 
     async def _receive(self, reader: asyncio.StreamReader) -> Received:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
