@@ -15,7 +15,14 @@ from typing import Any
 import structlog
 
 from proxy import headers, tokens
-from proxy.errors import IncompleteBody, InvalidValue, Refusal, RequestTooLarge, StorageUnavailable
+from proxy.errors import (
+    IncompleteBody,
+    InvalidValue,
+    LedgerUnavailable,
+    Refusal,
+    RequestTooLarge,
+    StorageUnavailable,
+)
 from proxy.exchange import Client, Desk, Exchange, Link, Request, Send, refuse
 from proxy.keyring import Keyring
 from proxy.ledger.decisions import Repeatable
@@ -52,6 +59,7 @@ class Gateway:
         self._max_body_bytes = max_body_bytes
         self._spool_directory = spool_directory
         self._exchanges: set[asyncio.Task[Any]] = set()
+        self._closed = False
 
     async def handle(self, operation: Operation, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one ``POST`` of a priced path, as an ASGI application does."""
@@ -68,6 +76,9 @@ class Gateway:
             self._observe("authenticate", started)
             repeat = _Repeat(operation, scope["headers"])
             reading = await self._read(operation, scope["headers"], receive, body, repeat)
+            if self._closed:
+                # Those that had begun have been ended. What one that begins now had sent, nobody would be there to book.
+                raise LedgerUnavailable
             request = Request(
                 request_id=request_id,
                 holder=holder,
@@ -94,7 +105,8 @@ class Gateway:
         await self._carry_out(Exchange(self._desk, request, client))
 
     async def close(self) -> None:
-        """Bring every exchange that still goes on to its end now: what is known of it is booked."""
+        """Bring every exchange that still goes on to its end now: what is known of it is booked. None begins after that."""
+        self._closed = True
         for task in self._exchanges:
             task.cancel()
         await asyncio.gather(*self._exchanges, return_exceptions=True)

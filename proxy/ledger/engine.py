@@ -176,14 +176,22 @@ class Database:
                 duplicate.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Give all connections back. None may be in use; what is asked later opens new ones."""
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            if self._taken.locked():
-                # A thread is stuck with it, and nobody waits for that any more: it fails there.
-                self.interrupt(kept)
-            with suppress(SQLAlchemyError):
-                kept.close()
+        """Give all connections back; what is asked later opens new ones.
+
+        One that a thread is still writing on is not touched on SQLite: taken back from here, the rest of what the thread does
+        would be committed statement by statement. It comes to its end, or the end of the process takes it back.
+        """
+        if self._taken.acquire(blocking=False):
+            try:
+                kept, self._kept = self._kept, None
+                if kept is not None:
+                    with suppress(SQLAlchemyError):
+                        kept.close()
+            finally:
+                self._taken.release()
+        elif self.dialect == "postgresql":
+            # The server takes back what is not committed, and the thread hears of it.
+            self.interrupt(self._kept)
         self._writer.dispose()
         self._reader.dispose()
 
@@ -297,6 +305,12 @@ def _switch_to_wal(cursor: sqlite3.Cursor) -> None:
             return
 
 
+def _given_options(url: URL) -> tuple[str, ...]:
+    """What the URL sets for a session itself, such as its schema; the driver takes the options of one place only."""
+    given = url.query.get("options", ())
+    return (given,) if isinstance(given, str) else given
+
+
 def _open_postgresql(url: URL, *, writes: bool) -> Engine:
     options: dict[str, int | str] = {
         "statement_timeout": STATEMENT_SECONDS * 1000,
@@ -329,7 +343,7 @@ def _open_postgresql(url: URL, *, writes: bool) -> Engine:
             # At a rollback the driver has the server forget all prepared statements, those of the books too, once it has
             # prepared one itself.
             "prepare_threshold": None if writes else 5,
-            "options": " ".join(f"-c {name}={value}" for name, value in options.items()),
+            "options": " ".join([*_given_options(url), *(f"-c {name}={value}" for name, value in options.items())]),
             # A server that vanished without a word is noticed by the kernel, not after two hours.
             "keepalives_idle": 5,
             "keepalives_interval": 2,

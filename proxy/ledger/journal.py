@@ -43,11 +43,11 @@ class Journal:
         self._room = ROOM_BYTES
         self._path, self._file = _open_own(directory, SUFFIX, ROOM_BYTES)
         try:
-            self._notes_path, self._notes_file = _open_own(directory, NOTES_SUFFIX, notes.FILE_BYTES)
+            self._notes_path, notes_file = _open_own(directory, NOTES_SUFFIX, notes.FILE_BYTES)
         except OSError:
             _give_up(self._path, self._file)
             raise
-        self._notes = Notes(self._notes_file)
+        self._notes = Notes(notes_file)
 
     def note(self, booking: Booking) -> int | None:
         """Keep an outcome until it is booked, without a sync; the number of the note, ``None`` where it finds no place."""
@@ -80,13 +80,15 @@ class Journal:
         return self._end == 0
 
     def close(self) -> None:
-        """Give the files up, and remove those in which nothing is left."""
+        """Give the files up, and remove those in which nothing is left. What is written later fails."""
         if self._notes.empty:
             self._notes_path.unlink(missing_ok=True)
-        os.close(self._notes_file)
+        self._notes.close()
         if self._end == 0:
             self._path.unlink(missing_ok=True)
-        os.close(self._file)
+        # The number may be another file's soon.
+        file, self._file = self._file, notes.CLOSED
+        os.close(file)
 
     def _make_room(self, size: int) -> None:
         _take_room(self._file, size)

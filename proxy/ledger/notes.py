@@ -16,6 +16,9 @@ NOTES_MAX = 512
 
 FILE_BYTES = NOTE_BYTES * NOTES_MAX
 
+# In place of a file's number that may be another's by now: no file has it.
+CLOSED = -1
+
 
 class Notes:
     """The notes in one open file of :data:`FILE_BYTES`. One thread writes them, any may erase them."""
@@ -50,6 +53,11 @@ class Notes:
         except OSError:
             return
         self._free.append(number)
+
+    def close(self) -> None:
+        """Give the file up. What is written later finds no place."""
+        file, self._file = self._file, CLOSED
+        os.close(file)
 
 
 def lines_of(file: int) -> Iterator[bytes]:

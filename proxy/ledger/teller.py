@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, Protocol
@@ -46,8 +47,12 @@ WAITING_MAX = 10_000
 # connections, which no time limit of the server's own can end.
 FROZEN_SECONDS = 20.0
 
-# What a disk may take at the end of a process whose database is stuck, to keep what is not booked.
+# What a disk may take at the end of a process whose database is stuck, to keep what is not booked; looked for as often as that.
 LAST_SECONDS = 5.0
+LOOK_SECONDS = 0.01
+
+# A journal that is being written to can't be cleared; it is tried again, so often while nothing else is to be done.
+CLEAR_SECONDS = 0.1
 
 # Bookings that could not be written are tried again at these intervals, for as long as the process lives.
 RETRY_SECONDS_FIRST = 0.1
@@ -134,8 +139,11 @@ class Teller:
         # What was handed in to be booked and is not committed yet, by the identity of the job: one charge can have several,
         # such as its exchange's and the sweep's, and they may say different things.
         self._unbooked_yet: dict[int, _Book] = {}
-        # The journal is written here, and in another thread for whoever can't wait for this one.
+        # The journal is written here, and in a thread of its own for whoever can't wait for this one. The event loop's own
+        # threads have others to serve while a disk is stuck.
         self._journal_lock = threading.Lock()
+        self._securing_thread = ThreadPoolExecutor(1, "teller-journal")
+        self._uncleared = False
         self._connection: Connection | None = None
         self._writing_since = float("inf")
         self._retry_at = 0.0
@@ -171,7 +179,7 @@ class Teller:
         """Take a reservation back that nothing was sent for: nothing stays held, whether it is committed by now or not."""
         if not answer.cancel() and not answer.cancelled() and answer.exception() is None:
             # It was committed, and answered at the very moment at which the waiting ended.
-            self._waiting.put(_void(job))
+            self._let_go(job)
 
     @property
     def behind(self) -> bool:
@@ -181,8 +189,7 @@ class Teller:
     def book(self, job: Booking) -> asyncio.Future[None]:
         """Write the end of an exchange; the future is done once it is committed, or safe in the journal until it can be."""
         answer: asyncio.Future[None] = self._loop.create_future()
-        item = self._unbooked_yet[id(job)] = _Book(job, answer)
-        self._waiting.put(item)
+        self._waiting.put(self._remember(_Book(job, answer)))
         return answer
 
     def leave(self, job: Booking) -> bool:
@@ -195,11 +202,18 @@ class Teller:
         if note is None:
             return False
         item = _Book(job, self._loop.create_future(), note=note, left_at=self._loop.time())
-        self._unbooked_yet[id(job)] = item
-        self._unhurried.append(item)
+        self._unhurried.append(self._remember(item))
         if self._hurrying is None:
             self._hurrying = self._loop.call_later(COMPANY_SECONDS, self._hurry)
         return True
+
+    def _remember(self, item: _Book) -> _Book:
+        self._unbooked_yet[id(item.job)] = item
+        return item
+
+    def _let_go(self, job: Reservation) -> None:
+        """Have nothing held for a request that is not sent."""
+        self._waiting.put(self._remember(_void(job)))
 
     def _hurry(self) -> None:
         """On the loop: have what nobody waits for written now."""
@@ -225,7 +239,7 @@ class Teller:
 
     async def secure(self, *jobs: Booking) -> None:
         """Write bookings that take their time to the journal now, beside the thread that may be stuck with them."""
-        await asyncio.to_thread(self._secure, jobs)
+        await self._loop.run_in_executor(self._securing_thread, self._secure, jobs)
 
     @property
     def _outstanding(self) -> int:
@@ -242,19 +256,31 @@ class Teller:
         self._watching.cancel()
         if self._hurrying is not None:
             self._hurrying.cancel()
-        if self._securing is not None:
-            await asyncio.wait((self._securing,), timeout=timeout_seconds)
-        await asyncio.to_thread(self._thread.join, max(0.0, self._give_up_at - time.monotonic()) + 1)
-        if self._journal is None:
-            return
-        if self._thread.is_alive():
-            # It is stuck in the database. What it has not come to is made safe without it, where the disk is not stuck as well.
-            # The file is left to the end of the process, since the thread may still write to it.
+        await _ended(self._thread, timeout_seconds + 1)
+        if self._journal is not None:
+            await self._close_journal()
+        self._securing_thread.shutdown(wait=False)
+
+    async def _close_journal(self) -> None:
+        assert self._journal is not None
+        give_up_at = time.monotonic() + LAST_SECONDS
+        if self._unbooked_yet:
+            # The thread is stuck in the database, or has given up, or something came after its end. What it has not come to is
+            # made safe without it, where the disk is not stuck as well.
             last = threading.Thread(target=self._secure_all, name="teller-last", daemon=True)
             last.start()
-            await asyncio.to_thread(last.join, LAST_SECONDS)
-        else:
+            await _ended(last, LAST_SECONDS)
+        if self._thread.is_alive():
+            # It may still write to the files: they are left to the end of the process.
+            return
+        while not self._journal_lock.acquire(blocking=False):
+            if time.monotonic() > give_up_at:
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+        try:
             self._journal.close()
+        finally:
+            self._journal_lock.release()
 
     # In the thread
 
@@ -263,10 +289,11 @@ class Teller:
             batch = self._gather()
             if batch.steps:
                 self._write(batch)
-                # Not before all of the batch has its place: what of it was written singly must not wipe out the rest.
+            # Not before all of the batch has its place: what of it was written singly must not wipe out the rest.
+            if batch.steps or self._uncleared:
                 self._clear_journal()
             if self._closing and self._waiting.empty() and not self._unhurried:
-                if not self._unwritten:
+                if not self._unwritten and not self._uncleared:
                     return
                 if time.monotonic() > self._give_up_at:
                     self._confess()
@@ -301,7 +328,9 @@ class Teller:
     def _patience(self) -> float | None:
         if self._unwritten:
             return max(0.0, self._retry_at - time.monotonic())
-        return 0.05 if self._closing else None
+        if self._closing:
+            return 0.05
+        return CLEAR_SECONDS if self._uncleared else None
 
     def _write(self, batch: _Batch, *, again: bool = True) -> None:
         started = time.perf_counter()
@@ -322,14 +351,18 @@ class Teller:
                 self._write(batch, again=False)
             else:
                 self._fail(batch, error, committing=committing)
+        except MemoryError as error:
+            # It will pass, and says nothing against what was to be written.
+            self._fail(batch, error, committing=committing)
         except Exception as error:
             # Such as a number that SQLite's driver can't pass on. Whatever it is, the thread must outlive it.
             self._write_singly(batch, error)
         else:
             self._retry_seconds = RETRY_SECONDS_FIRST
             self._forget(batch.books)
-            withdrawn = [item for item in batch.reserves if item.answer.done()]
-            self._unwritten.extend(_void(item.job) for item in withdrawn)
+            for item in batch.reserves:
+                if item.answer.done():
+                    self._let_go(item.job)
             self._answer(batch, decisions)
             seconds = time.perf_counter() - started
             for step in batch.steps:
@@ -364,7 +397,7 @@ class Teller:
             for item, decision in answers:
                 if item.answer.done():
                     # Given up since the commit; to let it go twice does no harm.
-                    self._waiting.put(_void(item.job))
+                    self._let_go(item.job)
                 else:
                     item.answer.set_result(decision)
             for booked in done:
@@ -382,8 +415,9 @@ class Teller:
             for reserve in batch.reserves:
                 self._write(_Batch(reserves=[reserve]))
             return
-        # The charge stays as it is, held, and comes up for review: nothing is lost, and a person looks at it.
-        log.critical("ledger_rejected", charges=_ids(batch), error=_cause(error))
+        # The charge stays as it is, held, and comes up for review, where a person finds here what was to be booked.
+        outcomes = [_told(item.job) for item in batch.books]
+        log.critical("ledger_rejected", charges=_ids(batch), outcomes=outcomes, error=_cause(error))
         for step in batch.steps:
             self._tell(self._observer.failed, step)
         self._refuse(batch.reserves)
@@ -398,7 +432,8 @@ class Teller:
         if committing:
             # The commit may have happened though its answer was lost. Nothing is sent for these reservations, so
             # whatever of them is in the books is released once the database is back.
-            self._unwritten.extend(_void(item.job) for item in batch.reserves)
+            for item in batch.reserves:
+                self._unwritten.append(self._remember(_void(item.job)))
         self._retry_at = time.monotonic() + self._retry_seconds
         self._retry_seconds = min(RETRY_SECONDS_MAX, 2 * self._retry_seconds)
         self._refuse(batch.reserves)
@@ -415,7 +450,9 @@ class Teller:
 
     def _secure_all(self) -> None:
         with self._journal_lock:
-            self._journalise([item for item in list(self._unbooked_yet.values()) if not item.journaled])
+            items = [item for item in list(self._unbooked_yet.values()) if not item.journaled]
+            if items:
+                self._journalise(items)
 
     def _secure(self, jobs: Sequence[Booking]) -> None:
         with self._journal_lock:
@@ -439,18 +476,24 @@ class Teller:
         self._answer(_Batch(books=list(items)), [])
 
     def _clear_journal(self) -> None:
+        """Empty the journal once all that was ever put into it is booked; later, where somebody is writing to it now. Its disk
+        may be stuck, and those who wait for the database are not to wait for that."""
         if self._journal is None:
             return
-        with self._journal_lock:
+        self._uncleared = not self._journal_lock.acquire(blocking=False)
+        if self._uncleared:
+            return
+        try:
             # The list is a copy: jobs are handed in meanwhile.
             waiting = self._unwritten or any(item.journaled for item in list(self._unbooked_yet.values()))
             if self._journal.empty or waiting:
                 return
-            try:
-                self._journal.clear()
-            except OSError as error:
-                # A replay of what is booked changes nothing.
-                log.error("journal_not_cleared", cause=error.strerror)
+            self._journal.clear()
+        except OSError as error:
+            # A replay of what is booked changes nothing.
+            log.error("journal_not_cleared", cause=error.strerror)
+        finally:
+            self._journal_lock.release()
         self._tell(self._unbooked, 0)
 
     def _refuse(self, reserves: Sequence[_Reserve]) -> None:
@@ -485,15 +528,32 @@ class Teller:
 
     def _confess(self) -> None:
         for item in (item for item in self._unwritten if not item.journaled and item.note is None):
-            outcome = item.job.outcome
-            log.critical(
-                "booking_lost", charge=item.job.charge_id, state=outcome.state, settled_micro_usd=outcome.settled_micro_usd
-            )
+            log.critical("booking_lost", **_told(item.job))
 
 
 def _void(job: Reservation) -> _Book:
     """Lets go what may be held for a request that is not sent."""
     return _Book(Booking(job.charge_id, job.team_id, unsent(job.order)))
+
+
+def _told(job: Booking) -> dict[str, object]:
+    """A booking's outcome for the log."""
+    outcome = job.outcome
+    return {
+        "charge": job.charge_id,
+        "state": outcome.state,
+        "settled_micro_usd": outcome.settled_micro_usd,
+        "reserved_micro_usd": outcome.reserved_micro_usd,
+        "images": outcome.images_delivered,
+    }
+
+
+async def _ended(thread: threading.Thread, seconds: float) -> None:
+    """Wait until a thread has ended, but no longer than so long. To wait in one of the event loop's own threads would need one
+    of these, and they may all be stuck."""
+    give_up_at = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < give_up_at:  # noqa: ASYNC110 -- a thread tells nobody of its end
+        await asyncio.sleep(LOOK_SECONDS)
 
 
 def _ids(batch: _Batch) -> list[str]:
