@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from proxy.ledger import reports
 from proxy.ledger.books import lock_teams
 from proxy.ledger.engine import Database
+from tests.bare import order, post
 from tests.live import (
     JSON,
     ORDER,
+    PATIENCE_SECONDS,
     PRICE_MICRO_USD,
     Conversation,
     LiveGateway,
+    Loop,
     ScriptedUpstream,
     json_answer,
     live_gateway,
@@ -108,3 +112,36 @@ def test_an_outcome_is_safe_before_its_answer_ends(parts: Parts) -> None:
         assert b'"state":"settled"' in b"".join(file.read_bytes() for file in kept.values())
         assert wait_for(lambda: b'"state":"settled"' in kept[".journal"].read_bytes() or None)
     assert gateway.charge_when_ended()["settled_micro_usd"] == PRICE_MICRO_USD
+
+
+def test_what_is_asked_while_the_process_ends_is_not_sent(database_url: str, tmp_path: Path) -> None:
+    """Its body is complete only after all other exchanges were ended, while the last outcomes wait for the ledger."""
+    hang = threading.Event()
+
+    async def say_nothing(_: Conversation) -> None:
+        await asyncio.to_thread(hang.wait, PATIENCE_SECONDS)
+
+    loop = Loop()
+    upstream = ScriptedUpstream(loop)
+    upstream.script = say_nothing
+    gateway = LiveGateway(loop, database_url, upstream.base_url, tmp_path, {"BEANMETER_DRAIN_SECONDS": "0.2"}).__enter__()
+    data = post(gateway.key, order())
+    ending = threading.Thread(target=gateway.__exit__)
+    with gateway.connect() as early, gateway.connect() as late:
+        early.sendall(data)
+        wait_for(lambda: upstream.requests or None)
+        late.sendall(data[:-1])
+        with stuck(gateway):
+            ending.start()
+            assert b"upstream_failed" in early.recv(1 << 16)
+            late.sendall(data[-1:])
+            assert b"ledger_unavailable" in late.recv(1 << 16)
+        ending.join(PATIENCE_SECONDS)
+    hang.set()
+    assert len(upstream.requests) == 1
+    upstream.close()
+    loop.close()
+    database = Database(database_url)
+    with database.reading() as connection:
+        assert [charge["state"] for charge in reports.list_charges(connection)] == ["review"]
+    database.close()

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -420,3 +420,39 @@ def test_a_thread_that_is_stuck_keeps_no_process_from_ending(ledger: Ledger) -> 
             closing.join(PATIENCE_SECONDS)
             assert not closing.is_alive()
         assert failed
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["ends well", "fails"])
+@ON_SQLITE
+def test_what_a_thread_is_writing_when_all_is_closed_is_whole(ledger: Ledger, database_url: str, fails: bool) -> None:
+    database = Database(database_url)
+    half, closed = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with suppress(ZeroDivisionError), database.posting() as connection:
+            put_mark(connection, "first")
+            half.set()
+            assert closed.wait(PATIENCE_SECONDS)
+            put_mark(connection, "second")
+            if fails:
+                raise ZeroDivisionError
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert half.wait(PATIENCE_SECONDS)
+    database.close()
+    closed.set()
+    writer.join()
+    assert marks(ledger) == ([] if fails else ["first", "second"])
+    database.close()
+
+
+@ON_POSTGRESQL
+@pytest.mark.postgres
+def test_what_a_url_sets_for_its_sessions_holds(ledger: Ledger, database_url: str) -> None:
+    database = Database(f"{database_url}{'&' if '?' in database_url else '?'}options=-c%20search_path%3Dpublic%2Cpg_catalog")
+    with database.writing() as writer, database.reading() as reader:
+        for connection in (writer, reader):
+            assert connection.exec_driver_sql("SHOW search_path").scalar_one() == "public,pg_catalog"
+            assert connection.exec_driver_sql("SHOW statement_timeout").scalar_one() == f"{STATEMENT_SECONDS}s"
+    database.close()

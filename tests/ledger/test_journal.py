@@ -98,3 +98,15 @@ def test_a_note_that_was_never_finished_is_none(tmp_path: Path, written: int) ->
     journal.close()
     with abandoned(tmp_path) as bookings:
         assert bookings == [noted(0)]
+
+
+def test_what_comes_after_the_end_fails_and_touches_no_other_file(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.close()
+    others = [(tmp_path / str(number)).open("w+b") for number in range(4)]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        journal.write([BOOKING])
+    assert journal.note(BOOKING) is None
+    for other in others:
+        assert other.read() == b""
+        other.close()

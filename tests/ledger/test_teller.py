@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ import psycopg
 import pytest
 from structlog.testing import capture_logs
 
+from proxy.ledger import statements
 from proxy.ledger.books import lock_teams
 from proxy.ledger.decisions import Admitted, Booking, OverBudget
 from proxy.ledger.engine import Database
 from proxy.ledger.journal import SUFFIX, Journal
 from proxy.ledger.teller import BATCH_JOBS_MAX, LedgerDown, Step, Teller
 from tests.ledger.ledgers import NOON, PRICE, Account, Ledger, released, reservation, reviewed, settled
-from tests.ledger.tellers import PATIENCE_SECONDS, all_of, at_work, states, until
+from tests.ledger.tellers import all_of, at_work, states, until
 from tests.ledger.traffic import Log
 from tests.ledger.wire import Cut, Wire
 from tests.outage import database_away
@@ -248,7 +248,11 @@ def test_a_booking_that_cannot_be_written_keeps_no_other_out(
                 assert await all_of(booked) == [None] * 5
                 assert isinstance(await reserved, Admitted)
                 assert log.failures == ["book"]
-        assert [entry["charges"] for entry in logs if entry["event"] == "ledger_rejected"] == [[jobs[2].charge_id]]
+        (told,) = (entry for entry in logs if entry["event"] == "ledger_rejected")
+        assert told["charges"] == [jobs[2].charge_id]
+        assert [(outcome["charge"], outcome["state"], outcome["images"]) for outcome in told["outcomes"]] == [
+            (jobs[2].charge_id, "settled", 1)
+        ]
         held = {jobs[2].charge_id, new.charge_id}
         assert states(ledger) == {job.charge_id: "forwarded" if job.charge_id in held else "settled" for job in [*jobs, new]}
 
@@ -283,6 +287,31 @@ def test_the_journal_keeps_what_is_not_booked_yet_beside_one_that_never_can_be(
     asyncio.run(scenario())
 
 
+def test_a_moment_without_memory_says_nothing_against_what_was_to_be_booked(
+    ledger: Ledger, account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [reservation(account) for _ in range(2)]
+    ledger.post(jobs)
+    write, left = statements.write, [None]
+
+    def write_at_last(*what: Any) -> Any:
+        if left:
+            left.pop()
+            raise MemoryError
+        return write(*what)
+
+    monkeypatch.setattr("proxy.ledger.books.write", write_at_last)
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, log):
+            assert await all_of([teller.book(settled(job)) for job in jobs]) == [None] * 2
+            assert log.failures == ["book"]
+            await until(lambda: not teller.behind)
+
+    asyncio.run(scenario())
+    assert set(states(ledger).values()) == {"settled"}
+
+
 def test_a_reservation_that_cannot_be_written_is_refused_alone(ledger: Ledger, account: Account) -> None:
     first = reservation(account)
     ledger.post([first])
@@ -299,64 +328,7 @@ def test_a_reservation_that_cannot_be_written_is_refused_alone(ledger: Ledger, a
     asyncio.run(scenario())
 
 
-# The end
-
-
-def test_closing_writes_what_waits(ledger: Ledger, account: Account) -> None:
-    jobs = [reservation(account) for _ in range(300)]
-    ledger.post(jobs)
-
-    async def scenario() -> None:
-        async with at_work(ledger.url) as (teller, _):
-            booked = [teller.book(settled(job)) for job in jobs]
-            reserved = teller.reserve(reservation(account))
-        assert await all_of(booked) == [None] * 300
-        assert isinstance(await reserved, Admitted)
-        assert [type(result) for result in await all_of([teller.reserve(reservation(account))])] == [LedgerDown]
-
-    asyncio.run(scenario())
-    assert list(states(ledger).values()) == ["settled"] * 300 + ["forwarded"]
-
-
-def test_closing_without_a_database_says_what_is_lost(ledger: Ledger, account: Account) -> None:
-    job = reservation(account)
-    ledger.post([job])
-    ledger.close()
-
-    async def scenario() -> None:
-        with database_away(ledger.url), capture_logs() as logs:
-            database = Database(ledger.url)
-            teller = Teller(database, lambda: NOON, Log())
-            teller.start()
-            booked = teller.book(settled(job, 1234))
-            await until(lambda: teller._unwritten)
-            await teller.close(0.2)
-            database.close()
-        assert not booked.done()
-        lost = [entry for entry in logs if entry["event"] == "booking_lost"]
-        assert [(entry["charge"], entry["settled_micro_usd"]) for entry in lost] == [(job.charge_id, 1234)]
-
-    asyncio.run(scenario())
-
-
-def test_a_job_is_carried_out_after_its_loop_has_closed(ledger: Ledger, account: Account) -> None:
-    job, later = reservation(account), reservation(account)
-    ledger.post([job])
-    database, log = Database(ledger.url), Log()
-    teller = Teller(database, lambda: NOON, log)
-
-    async def leave_at_once() -> None:
-        teller.start()
-        with ledger.database.writing() as connection:
-            lock_teams(connection, [account.team_id])
-            leaving.extend([teller.book(settled(job)), teller.reserve(later)])
-            asyncio.get_running_loop().call_soon(asyncio.get_running_loop().stop)
-
-    leaving: list[asyncio.Future[Any]] = []
-    asyncio.run(leave_at_once())
-    asyncio.run(teller.close(PATIENCE_SECONDS))
-    database.close()
-    assert states(ledger) == {job.charge_id: "settled", later.charge_id: "forwarded"}
+# Nobody waits
 
 
 def test_a_booking_is_written_and_a_reservation_withdrawn_when_nobody_waits_any_more(ledger: Ledger, account: Account) -> None:
@@ -461,67 +433,3 @@ def test_bookings_of_one_charge_that_differ_are_each_made_safe(ledger: Ledger, a
 
     asyncio.run(scenario())
     assert states(ledger) == {job.charge_id: "settled"}
-
-
-def test_closing_ends_though_database_and_disk_are_stuck(
-    ledger: Ledger, account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = reservation(account)
-    ledger.post([job])
-    free = threading.Event()
-    write = Journal.write
-
-    def write_when_free(self: Journal, bookings: Iterable[Booking]) -> None:
-        assert free.wait(PATIENCE_SECONDS), "whoever waits for this disk waits for ever"
-        write(self, bookings)
-
-    monkeypatch.setattr(Journal, "write", write_when_free)
-    monkeypatch.setattr("proxy.ledger.teller.LAST_SECONDS", 0.1)
-
-    async def scenario() -> None:
-        teller = Teller(ledger.database, lambda: NOON, Log(), Journal(tmp_path / "journal"))
-        teller.start()
-        with Database(ledger.url).writing() as connection:
-            lock_teams(connection, [account.team_id])
-            booking = settled(job)
-            booked = teller.book(booking)
-            securing = asyncio.create_task(teller.secure(booking))
-            await until(teller._journal_lock.locked)
-            await teller.close(0.1)
-            assert not booked.done()
-        free.set()
-        await securing
-        await booked
-        await asyncio.to_thread(teller._thread.join)
-
-    asyncio.run(scenario())
-    assert list(states(ledger).values()) == ["settled"]
-
-
-@pytest.mark.postgres
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_what_a_stuck_thread_has_not_come_to_is_safe_when_the_process_ends(
-    ledger: Ledger, account: Account, tmp_path: Path
-) -> None:
-    jobs = [reservation(account) for _ in range(3)]
-    ledger.post(jobs)
-
-    async def scenario() -> None:
-        journal = Journal(tmp_path / "journal")
-        database = Database(ledger.url)
-        teller = Teller(database, lambda: NOON, Log(), journal)
-        teller.start()
-        with ledger.database.writing() as connection:
-            lock_teams(connection, [account.team_id])
-            teller.book(settled(jobs[0]))
-            await until(lambda: teller._waiting.empty())
-            for job in jobs[1:]:
-                teller.book(settled(job))
-            await teller.close(0.1)
-            (file,) = (tmp_path / "journal").glob("*.journal")
-            assert file.read_bytes().count(b'"state":"settled"') == len(jobs)
-        await asyncio.to_thread(teller._thread.join, PATIENCE_SECONDS)
-        database.close()
-
-    asyncio.run(scenario())
-    assert set(states(ledger).values()) == {"settled"}
