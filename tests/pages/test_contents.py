@@ -145,7 +145,7 @@ def test_the_overview_says_what_the_books_say(house: House) -> None:
     shown = visitor.shown("")
     assert "red $10.0000 per month $0.2107 $9.7893" in shown
     assert "green none; this month: $0.0000" in shown
-    assert "Spent this month $0.2107" in shown
+    assert "Spent and held this month $0.2107" in shown
     assert "In review $0.0000 0 charges" in shown
     charge = house.review()
     live = visitor.shown("/figures")
