@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.gateway import Gateway
 from proxy.ledger import reports
 from proxy.ledger.books import lock_teams
 from proxy.ledger.engine import Database
@@ -114,9 +115,19 @@ def test_an_outcome_is_safe_before_its_answer_ends(parts: Parts) -> None:
     assert gateway.charge_when_ended()["settled_micro_usd"] == PRICE_MICRO_USD
 
 
-def test_what_is_asked_while_the_process_ends_is_not_sent(database_url: str, tmp_path: Path) -> None:
-    """Its body is complete only after all other exchanges were ended, while the last outcomes wait for the ledger."""
-    hang = threading.Event()
+def test_what_is_asked_while_the_process_ends_is_not_sent(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its body is complete only after all other exchanges were told to end, and the ledger would hold for it a moment later."""
+    hang, told_to_end = threading.Event(), threading.Event()
+    close = Gateway.close
+
+    async def close_and_tell(self: Gateway) -> None:
+        # All is told before there is anything to wait for.
+        asyncio.get_running_loop().call_soon(told_to_end.set)
+        await close(self)
+
+    monkeypatch.setattr(Gateway, "close", close_and_tell)
 
     async def say_nothing(_: Conversation) -> None:
         await asyncio.to_thread(hang.wait, PATIENCE_SECONDS)
@@ -133,9 +144,10 @@ def test_what_is_asked_while_the_process_ends_is_not_sent(database_url: str, tmp
         late.sendall(data[:-1])
         with stuck(gateway):
             ending.start()
-            assert b"upstream_failed" in early.recv(1 << 16)
+            assert told_to_end.wait(PATIENCE_SECONDS)
             late.sendall(data[-1:])
-            assert b"ledger_unavailable" in late.recv(1 << 16)
+            assert b"upstream_failed" in early.recv(1 << 16)
+        assert b"ledger_unavailable" in late.recv(1 << 16)
         ending.join(PATIENCE_SECONDS)
     hang.set()
     assert len(upstream.requests) == 1
