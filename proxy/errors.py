@@ -253,10 +253,9 @@ class LedgerUnavailable(Refusal):
     type = "server_error"
     code = "ledger_unavailable"
 
-    def __init__(self) -> None:
+    def __init__(self, why: str = "The ledger can't be reached, so this request could not be held against the budget") -> None:
         super().__init__(
-            "The ledger can't be reached, so this request could not be held against the budget; nothing was sent upstream. "
-            "Try again in a few seconds.",
+            f"{why}; nothing was sent upstream. Try again in a few seconds.",
             headers=((b"retry-after", b"5"),),
         )
 

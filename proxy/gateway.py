@@ -78,7 +78,7 @@ class Gateway:
             reading = await self._read(operation, scope["headers"], receive, body, repeat)
             if self._closed:
                 # Those that had begun have been ended. What one that begins now had sent, nobody would be there to book.
-                raise LedgerUnavailable
+                raise LedgerUnavailable("This gateway is ending, so this request could not be booked any more")
             request = Request(
                 request_id=request_id,
                 holder=holder,
