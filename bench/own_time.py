@@ -30,7 +30,7 @@ from proxy.headers import Headers
 from proxy.keyring import Keyring
 from proxy.ledger.accounts import KeyHolder
 from proxy.ledger.decisions import Admitted, Booking, Decision, Reservation
-from proxy.ledger.teller import Teller
+from proxy.ledger.teller import Left, Teller
 from proxy.metrics import Metrics
 from proxy.prices import shipped_card
 from proxy.server import Server
@@ -79,8 +79,11 @@ class Books:
         loop.call_soon(held.set_result, Admitted(10**9))
         return held
 
-    def leave(self, _: Booking) -> bool:
-        return True
+    def leave(self, _: Booking) -> Left:
+        loop = asyncio.get_running_loop()
+        noted: asyncio.Future[bool] = loop.create_future()
+        loop.call_soon(noted.set_result, True)
+        return Left(noted, loop.create_future())
 
     def expire(self, _: asyncio.Future[Decision]) -> None:
         raise AssertionError("it was answered")

@@ -32,7 +32,7 @@ from proxy.ledger.decisions import (
     Repeatable,
     Reservation,
 )
-from proxy.ledger.teller import LedgerDown, Teller
+from proxy.ledger.teller import LedgerDown, Left, Teller
 from proxy.metrics import Metrics
 from proxy.money import MICRO_PER_USD, format_usd
 from proxy.orders import Reading
@@ -297,15 +297,19 @@ class Exchange:
             log.exception("answer_not_read", request_id=self._request.request_id)
             outcome, delivery = unanswered(self._request.reading.dearest, self._request.hold_micro_usd), Delivery()
         booking = self._booking(outcome, delivery)
+        booked: asyncio.Future[None] | None = None
         try:
-            if not admitted.counted and self._leave(booking):
-                try:
+            left = None if admitted.counted else self._leave(booking)
+            try:
+                if left is None:
+                    booked = self._desk.teller.book(booking)
+                elif await left.noted:
                     await self._end(outcome, delivery)
-                finally:
-                    self._tell(booking)
-            else:
-                booked = self._desk.teller.book(booking)
+                else:
+                    booked = left.booked
+            finally:
                 self._tell(booking)
+            if booked is not None:
                 if not await self._done_within(booked, BOOKED_FIRST_SECONDS):
                     await self._desk.teller.secure(booking)
                 await self._end(outcome, delivery)
@@ -433,14 +437,14 @@ class Exchange:
             output_tokens=delivery.usage.output_tokens if delivery.usage else None,
         )
 
-    def _leave(self, booking: Booking) -> bool:
+    def _leave(self, booking: Booking) -> Left | None:
         """Leave the booking of an answer to the teller, so that its end need not wait: where nobody can tell the difference by
         what is refused, since what is booked is what was held and no budget has more room afterwards, nor by a kill, since the
-        outcome is noted first. Whether it is left. An exchange that counts against a limit is not: its end makes room."""
+        outcome is noted first. An exchange that counts against a limit is not left: its end makes room."""
         outcome = booking.outcome
         if outcome.settled_micro_usd + outcome.reserved_micro_usd < self._request.hold_micro_usd:
-            return False
-        return self._seen.ended_properly and self._desk.teller.leave(booking)
+            return None
+        return self._desk.teller.leave(booking) if self._seen.ended_properly else None
 
     async def _end(self, outcome: Outcome, delivery: Delivery) -> None:
         """Let the client have the end that the upstream's answer had: a whole one, a broken one, or a refusal of ours."""

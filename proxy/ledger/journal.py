@@ -11,7 +11,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,14 @@ class Journal:
             raise
         self._notes = Notes(notes_file)
 
-    def note(self, booking: Booking) -> int | None:
-        """Keep an outcome until it is booked, without a sync; the number of the note, ``None`` where it finds no place."""
-        return self._notes.write(_encode(booking))
+    def note(self, bookings: Iterable[Booking]) -> list[int | None]:
+        """Keep outcomes until they are booked, without a sync; the number of each one's note, ``None`` where it finds no
+        place."""
+        return self._notes.write([*map(_encode, bookings)])
 
-    def erase(self, note: int) -> None:
-        """Forget a note: its outcome is booked, or in the journal."""
-        self._notes.erase(note)
+    def erase(self, notes: Sequence[int]) -> None:
+        """Forget notes: their outcomes are booked, or in the journal."""
+        self._notes.erase(notes)
 
     def write(self, bookings: Iterable[Booking]) -> None:
         """Append outcomes; they are on the disk when this returns. Raises ``OSError`` when they are not."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 # An outcome takes half a kilobyte. Whoever has a longer one, or finds no place, waits for the books.
 NOTE_BYTES = 1024
@@ -31,33 +31,53 @@ class Notes:
     def empty(self) -> bool:
         return len(self._free) == NOTES_MAX
 
-    def write(self, line: bytes) -> int | None:
-        """Keep a line; the number of its note, ``None`` where there is no room for it or the disk takes nothing."""
-        if len(line) > NOTE_BYTES or not self._free:
-            return None
-        number = self._free.popleft()
-        try:
-            # What a longer one has left behind it is cut off by the end of the line.
-            whole = os.pwrite(self._file, line, number * NOTE_BYTES) == len(line)
-        except OSError:
-            whole = False
-        if not whole:
-            self.erase(number)
-        return number if whole else None
+    def write(self, lines: Sequence[bytes]) -> list[int | None]:
+        """Keep lines; the number of each one's note, ``None`` where there is no room for it or the disk takes nothing."""
+        numbers: list[int | None] = []
+        placed: dict[int, bytes] = {}
+        for line in lines:
+            number = self._free.popleft() if len(line) <= NOTE_BYTES and self._free else None
+            if number is not None:
+                placed[number] = line
+            numbers.append(number)
+        for run in _runs(list(placed)):
+            if not self._put(run[0], [placed[number] for number in run]):
+                self.erase(run)
+                numbers = [None if number in run else number for number in numbers]
+        return numbers
 
-    def erase(self, number: int) -> None:
-        """Forget a note. Where the disk takes not even that its place is not used again: a replay of what is booked changes
+    def erase(self, numbers: Sequence[int]) -> None:
+        """Forget notes. Where the disk takes not even that their places are not used again: a replay of what is booked changes
         nothing."""
+        for run in _runs(sorted(numbers)):
+            if self._put(run[0], [b"\0"] * len(run)):
+                self._free.extend(run)
+
+    def _put(self, number: int, lines: Sequence[bytes]) -> bool:
+        """Write lines into neighbouring places from that number on; whether the disk took all."""
+        # What a longer one has left behind the last is cut off by the end of the line.
+        data = b"".join([line.ljust(NOTE_BYTES, b"\0") for line in lines[:-1]]) + lines[-1]
         try:
-            os.pwrite(self._file, b"\0", number * NOTE_BYTES)
+            return os.pwrite(self._file, data, number * NOTE_BYTES) == len(data)
         except OSError:
-            return
-        self._free.append(number)
+            return False
 
     def close(self) -> None:
         """Give the file up. What is written later finds no place."""
         file, self._file = self._file, CLOSED
         os.close(file)
+
+
+def _runs(numbers: Sequence[int]) -> list[list[int]]:
+    """The numbers, cut where the next one is not the neighbour. Each run is one call into the kernel, at each of which the
+    other thread may come and ask for the interpreter: for a note alone that costs ten times as much as the note."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
 
 
 def lines_of(file: int) -> Iterator[bytes]:

@@ -12,11 +12,11 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import structlog
 from sqlalchemy import Connection
@@ -91,6 +91,14 @@ class _Book:
     left_at: float = 0.0
 
 
+class Left(NamedTuple):
+    """A booking that was left to the teller: whether a note outlives this process, told in the next turn of the event loop;
+    and the same as of one that is waited for."""
+
+    noted: asyncio.Future[bool]
+    booked: asyncio.Future[None]
+
+
 @dataclass(slots=True)
 class _Batch:
     reserves: list[_Reserve] = field(default_factory=list)
@@ -129,7 +137,8 @@ class Teller:
         self._clock = clock
         self._observer = observer
         self._waiting: queue.SimpleQueue[_Reserve | _Book | None] = queue.SimpleQueue()
-        # Bookings that nobody waits for.
+        # Bookings that nobody waits for: to be noted at the end of this turn, and noted.
+        self._unnoted: list[tuple[_Book, asyncio.Future[bool]]] = []
         self._unhurried: deque[_Book] = deque()
         self._hurrying: asyncio.TimerHandle | None = None
         self._securing: asyncio.Task[None] | None = None
@@ -192,20 +201,45 @@ class Teller:
         self._waiting.put(self._remember(_Book(job, answer)))
         return answer
 
-    def leave(self, job: Booking) -> bool:
-        """Take note of the end of an exchange that nobody has to wait for, and see to it that it is booked; False where
-        somebody has to, since it can't be noted, or the ledger is away.
+    def leave(self, job: Booking) -> Left | None:
+        """See to it that the end of an exchange is booked, whoever waits for that; ``None`` where somebody has to, since there
+        is no place for notes, or the ledger is away.
 
-        A note outlives this process. The booking goes along with the next reservation, or by itself after a moment.
+        A note outlives this process. What could be noted goes along with the next reservation, or by itself after a moment;
+        what could not is written at once.
         """
-        note = None if self._journal is None or self.behind or self._closing else self._journal.note(job)
-        if note is None:
-            return False
-        item = _Book(job, self._loop.create_future(), note=note, left_at=self._loop.time())
-        self._unhurried.append(self._remember(item))
-        if self._hurrying is None:
+        if self._journal is None or self.behind or self._closing:
+            return None
+        left = Left(self._loop.create_future(), self._loop.create_future())
+        if not self._unnoted:
+            # One call for all that are left in this turn.
+            self._loop.call_soon(self._note)
+        self._unnoted.append((self._remember(_Book(job, left.booked)), left.noted))
+        return left
+
+    def _note(self) -> None:
+        """On the loop: note what is left, and hand it on."""
+        unnoted, self._unnoted = self._unnoted, []
+        if not unnoted:
+            return
+        assert self._journal is not None
+        try:
+            notes = self._journal.note(item.job for item, _ in unnoted)
+        except Exception:
+            # Whatever it is, such as a moment without memory, each of them still has to be booked.
+            log.exception("not_noted")
+            notes = [None] * len(unnoted)
+        now = self._loop.time()
+        for (item, noted), note in zip(unnoted, notes, strict=True):
+            if note is None:
+                self._waiting.put(item)
+            else:
+                item.note, item.left_at = note, now
+                self._unhurried.append(item)
+            if not noted.done():
+                noted.set_result(note is not None)
+        if self._unhurried and self._hurrying is None:
             self._hurrying = self._loop.call_later(COMPANY_SECONDS, self._hurry)
-        return True
 
     def _remember(self, item: _Book) -> _Book:
         self._unbooked_yet[id(item.job)] = item
@@ -231,6 +265,7 @@ class Teller:
     async def settled(self, seconds: float) -> None:
         """Wait until all that was handed in to be booked by now is committed or in the journal, but no longer than so long:
         who asks what the books say finds what this process has told its clients."""
+        self._note()
         self._hurry()
         answers = [item.answer for item in list(self._unbooked_yet.values())]
         waiting = [answer for answer in answers if answer is not None and not answer.done()]
@@ -250,6 +285,7 @@ class Teller:
 
     async def close(self, timeout_seconds: float) -> None:
         """Write what is waiting, then stop: ``timeout_seconds`` at most, then :data:`LAST_SECONDS` for the disk."""
+        self._note()
         self._give_up_at = time.monotonic() + timeout_seconds
         self._closing = True
         self._waiting.put(None)
@@ -375,12 +411,16 @@ class Teller:
         """They have come to their end: booked, or refused for good."""
         for item in items:
             self._unbooked_yet.pop(id(item.job), None)
-            self._erase(item)
+        self._erase(items)
 
-    def _erase(self, item: _Book) -> None:
-        note, item.note = item.note, None
-        if note is not None and self._journal is not None:
-            self._journal.erase(note)
+    def _erase(self, items: Iterable[_Book]) -> None:
+        notes: list[int] = []
+        for item in items:
+            if item.note is not None:
+                notes.append(item.note)
+                item.note = None
+        if notes and self._journal is not None:
+            self._journal.erase(notes)
 
     def _tell(self, observe: Callable[..., None], *what: object) -> None:
         try:
@@ -471,7 +511,7 @@ class Teller:
             return
         for item in items:
             item.journaled = True
-            self._erase(item)
+        self._erase(items)
         self._tell(self._unbooked, self._outstanding)
         self._answer(_Batch(books=list(items)), [])
 

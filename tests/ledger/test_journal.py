@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from zlib import crc32
 
 import pytest
@@ -51,9 +52,12 @@ def noted(number: int, upstream_request_id: str | None = None) -> Booking:
 
 def test_a_note_outlives_its_process_until_it_is_erased(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    places = [journal.note(noted(number)) for number in range(3)]
-    assert places[1] is not None
-    journal.erase(places[1])
+    (first,) = journal.note([noted(0)])
+    second, third = journal.note([noted(1), noted(2)])
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    journal.erase([second])
     journal.write([noted(3)])
     # Whoever looks while the process lives finds nothing that is his.
     with abandoned(tmp_path) as bookings:
@@ -68,20 +72,37 @@ def test_a_note_outlives_its_process_until_it_is_erased(tmp_path: Path) -> None:
 def test_a_place_is_used_again_and_a_shorter_note_ends_where_it_ends(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for number in range(2 * NOTES_MAX):
-        place = journal.note(noted(number, "x" * (number % 2 * 100)))
+        (place,) = journal.note([noted(number, "x" * (number % 2 * 100))])
         assert place is not None
-        journal.erase(place)
-    kept = [journal.note(noted(number)) for number in range(NOTES_MAX)]
+        journal.erase([place])
+    kept = journal.note(noted(number) for number in range(NOTES_MAX))
     assert None not in kept
-    assert journal.note(noted(NOTES_MAX)) is None, "no room"
+    assert journal.note([noted(NOTES_MAX)]) == [None], "no room"
     journal.close()
     with abandoned(tmp_path) as bookings:
         assert sorted(bookings, key=lambda booking: int(booking.charge_id[3:])) == [noted(n) for n in range(NOTES_MAX)]
 
 
+def test_notes_that_come_and_go_in_any_order_are_those_that_are_kept(tmp_path: Path) -> None:
+    journal, random = Journal(tmp_path), Random(1)
+    kept: dict[str, int] = {}
+    for number in range(500):
+        some = [noted(100 * number + each, "x" * random.choice((0, 100, NOTE_BYTES))) for each in range(random.randrange(20))]
+        for booking, place in zip(some, journal.note(some), strict=True):
+            assert (place is None) == (booking.upstream_request_id == "x" * NOTE_BYTES)
+            if place is not None:
+                kept[booking.charge_id] = place
+        gone = random.sample(sorted(kept), max(0, len(kept) - random.randrange(100)))
+        journal.erase([kept.pop(charge_id) for charge_id in gone])
+        assert len(set(kept.values())) == len(kept)
+    journal.close()
+    with abandoned(tmp_path) as bookings:
+        assert sorted(booking.charge_id for booking in bookings) == sorted(kept)
+
+
 def test_what_is_too_long_for_a_note_is_none(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    assert journal.note(noted(0, "x" * NOTE_BYTES)) is None
+    assert journal.note([noted(0, "x" * NOTE_BYTES)]) == [None]
     journal.close()
     assert not list(tmp_path.iterdir())
 
@@ -89,7 +110,7 @@ def test_what_is_too_long_for_a_note_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("written", [0, 1, 9, 100, 200])
 def test_a_note_that_was_never_finished_is_none(tmp_path: Path, written: int) -> None:
     journal = Journal(tmp_path)
-    journal.note(noted(0))
+    journal.note([noted(0)])
     (path,) = tmp_path.glob("*.notes")
     line = path.read_bytes()[:NOTE_BYTES]
     with path.open("r+b") as file:
@@ -106,7 +127,7 @@ def test_what_comes_after_the_end_fails_and_touches_no_other_file(tmp_path: Path
     others = [(tmp_path / str(number)).open("w+b") for number in range(4)]
     with pytest.raises(OSError, match="Bad file descriptor"):
         journal.write([BOOKING])
-    assert journal.note(BOOKING) is None
+    assert journal.note([BOOKING] * 3) == [None] * 3
     for other in others:
         assert other.read() == b""
         other.close()
