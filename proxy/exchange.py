@@ -216,14 +216,16 @@ class _Seen:
 
 
 class Exchange:
-    """One priced request on its way. Make it, and :meth:`run` it in a task that nobody cancels but the end of the process."""
+    """One priced request on its way. :meth:`run` it in ``task``, which nobody cancels but the end of the process."""
 
-    def __init__(self, desk: Desk, request: Request, client: Client) -> None:
+    def __init__(
+        self, desk: Desk, request: Request, client: Client, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]
+    ) -> None:
         self._desk = desk
         self._request = request
         self._client = client
-        self._loop = asyncio.get_running_loop()
-        self._task: asyncio.Task[Any] | None = None
+        self._loop = loop
+        self._task = task
         self._seen = _Seen()
         self._watch: asyncio.TimerHandle | None = None
         self._sent_at = 0.0
@@ -233,7 +235,6 @@ class Exchange:
 
     async def run(self) -> None:
         """Hold, send, relay, book. Returns when the charge is in the books, or with a refusal when nothing was held."""
-        self._task = asyncio.current_task()
         try:
             if self._client.gone:
                 self._desk.metrics.refused(self._request.holder.team, "client_gone")
@@ -355,7 +356,6 @@ class Exchange:
             log.warning("upstream_broke_off", request_id=self._request.request_id, cause=str(error))
         except asyncio.CancelledError:
             # The watch's, at the deadline; unless the process ends as well.
-            assert self._task is not None
             if not self._expired or self._task.uncancel():
                 raise
             log.warning("upstream_broke_off", request_id=self._request.request_id, cause="TimeoutError")
@@ -537,7 +537,6 @@ class Exchange:
         self._watch = self._loop.call_later(min(again, left) if left > 0 else again, self._look)
         if left <= 0 and self._conversing and not self._expired:
             self._expired = True
-            assert self._task is not None
             self._task.cancel()
         if not self._let_go:
             late = left < (1 - READER_SHARE) * self._desk.timeout_seconds

@@ -40,7 +40,8 @@ log = structlog.get_logger(__name__)
 
 
 class Gateway:
-    """Takes priced requests. ``clock`` gives UTC; ``spool_directory`` keeps larger bodies while they are read and sent."""
+    """Takes priced requests, in the event loop in which it is made. ``clock`` gives UTC; ``spool_directory`` keeps larger
+    bodies while they are read and sent."""
 
     def __init__(
         self,
@@ -58,6 +59,8 @@ class Gateway:
         self._aliases = aliases
         self._max_body_bytes = max_body_bytes
         self._spool_directory = spool_directory
+        # To ask which loop runs, and which task in that, is a call into the kernel each time: once here, and once an exchange.
+        self._loop = asyncio.get_running_loop()
         self._exchanges: set[asyncio.Task[Any]] = set()
         self._closed = False
 
@@ -102,7 +105,7 @@ class Gateway:
             body.close()
             span.close()
             raise
-        await self._carry_out(Exchange(self._desk, request, client))
+        await self._carry_out(request, client)
 
     async def close(self) -> None:
         """Bring every exchange that still goes on to its end now: what is known of it is booked. None begins after that."""
@@ -111,14 +114,14 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._exchanges, return_exceptions=True)
 
-    async def _carry_out(self, exchange: Exchange) -> None:
+    async def _carry_out(self, request: Request, client: Client) -> None:
         # In the task of the request, which the server leaves alone whether or not its client stays: only the end of the
         # process cancels it, above.
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._loop)
         assert task is not None
         self._exchanges.add(task)
         try:
-            await exchange.run()
+            await Exchange(self._desk, request, client, self._loop, task).run()
         finally:
             self._exchanges.discard(task)
 

@@ -8,6 +8,7 @@ import atexit
 import json
 import logging
 import re
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TextIO
@@ -87,19 +88,23 @@ class _Destination:
     def __init__(self) -> None:
         self.stream: TextIO | None = None
         self._lines: list[str] = []
-        # The loop that was asked to let them out, until it does.
+        # The loop that was asked to let them out, until it does, and its thread.
         self._asked: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
 
     def write(self, text: str) -> None:
         self._lines.append(text)
-        loop = _loop()
-        if loop is not None and loop is not self._asked:
-            self._asked = loop
+        if not self._is_asked() and (loop := _loop()) is not None:
+            self._asked, self._thread = loop, threading.get_ident()
             loop.call_soon(self._emit)
 
     def flush(self) -> None:
-        if _loop() is None:
+        if not self._is_asked() and _loop() is None:
             self._emit()
+
+    def _is_asked(self) -> bool:
+        """Whether this thread's loop will let them out. To ask which loop runs is a call into the kernel each time."""
+        return self._asked is not None and self._thread == threading.get_ident() and self._asked.is_running()
 
     def _emit(self) -> None:
         self._asked = None

@@ -62,7 +62,7 @@ CLOSE_SECONDS = 2
 BACKLOG = 2048
 
 # What no line of a head may hold, beside the two characters that end it.
-_BROKEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
+_BROKEN = bytes([*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F])
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _HOST = re.compile(rb"[0-9A-Za-z.\-_:\[\]%]{1,255}")
@@ -159,7 +159,8 @@ class ClientLink:
         if value(head, b"content-length") != b"%d" % len(body) or value(head, b"connection") is not None:
             return False
         lines = b"".join([b"%b: %b\r\n" % field for field in head])
-        if _BROKEN.search(lines) or lines.count(b"\n") != len(head):
+        ends = lines.count(b"\r\n"), lines.count(b"\r"), lines.count(b"\n")
+        if ends != (len(head),) * 3 or len(lines.translate(None, _BROKEN)) != len(lines):
             return False
         cycle.response_started = cycle.response_complete = True
         cycle.waiting_for_100_continue = False

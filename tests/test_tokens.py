@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import string
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -75,6 +77,23 @@ def test_an_id_begins_with_its_time_in_crockfords_base_32() -> None:
 
 def test_ids_of_one_millisecond_differ() -> None:
     assert len({new_id("req", 1_763_800_000_000) for _ in range(10_000)}) == 10_000
+
+
+def test_ids_of_several_threads_and_of_a_forked_process_differ() -> None:
+    new_id("req", 0)  # others are drawn with it
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writing, " ".join(new_id("req", 0) for _ in range(100)).encode("ascii"))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    others = os.read(reading, 65_536).decode("ascii").split()
+    os.close(reading)
+    os.close(writing)
+    with ThreadPoolExecutor(4) as threads:
+        ours = list(threads.map(lambda _: new_id("req", 0), range(10_000)))
+    assert len(others) == 100
+    assert len({*others, *ours}) == 10_100
 
 
 @pytest.mark.parametrize("now_ms", [-1, 1 << 48])

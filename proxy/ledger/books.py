@@ -130,6 +130,14 @@ class _Page:
     # What moves, summed here, so each row is written once a batch: (settled, held) by budget and period, sums by heading.
     moved: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
     sums: dict[_Heading, _Sums] = field(default_factory=dict)
+    # The deadlines of what begins now, by its timeout: nearly always one.
+    deadlines: dict[float, str] = field(default_factory=dict)
+
+    def deadline(self, timeout_seconds: float) -> str:
+        found = self.deadlines.get(timeout_seconds)
+        if found is None:
+            found = self.deadlines[timeout_seconds] = stamp(self.now + timedelta(seconds=timeout_seconds))
+        return found
 
     def move(self, budget_id: int, period_start: str, settled: int, held: int) -> None:
         place = (budget_id, period_start)
@@ -412,7 +420,7 @@ def _begin(page: _Page, job: Reservation) -> None:
             *(job.hold_micro_usd, job.hold_micro_usd, 0, job.price_card),
             None if repeat is None else repeat.key_digest,
             None if repeat is None else repeat.body_digest,
-            *(page.stamped, stamp(page.now + timedelta(seconds=job.timeout_seconds))),
+            *(page.stamped, page.deadline(job.timeout_seconds)),
         )
     )
     heading = (page.starts["day"], job.team_id, job.key_id, order.model, order.operation, order.size, order.quality)

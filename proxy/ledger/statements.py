@@ -25,6 +25,15 @@ Row = Sequence[object]
 # At once, on SQLite: a statement may have 32766 parameters.
 ROWS_MAX = 256
 
+# Up to so many rows there is a statement for every four.
+FOURS_MAX = 32
+
+# What SQLite's driver does not know as a number or a text it looks for an adapter for, in ways that make and drop an exception:
+# six times as long as a number takes, and a third of what is bound is null.
+_ADAPTED = {None: None, True: 1, False: 0}
+for _kind in (type(None), bool):
+    sqlite3.register_adapter(_kind, _ADAPTED.get)
+
 _LIST = re.compile(r"\bIN :(\w+)\[\]")
 _NAME = re.compile(r"(?<![:\w]):(\w+)")
 _UTC = re.compile(r"\bUTC\(([\w.]+|min\([\w.]+\))\)")
@@ -93,15 +102,16 @@ class Change:
 
     def sqlite(self, count: int) -> tuple[str, int]:
         """Its words for so many rows or some more, and how many parameters they take; rows of nulls are passed over. Numbers
-        of rows are rounded up to powers of two: the driver keeps about a hundred statements ready."""
-        doublings = (count - 1).bit_length()
-        sql = self._sqlite.get(doublings)
+        of rows are rounded up, to multiples of four and the larger ones to powers of two: the driver keeps about a hundred
+        statements ready."""
+        places = -(-count // 4) * 4 if count <= FOURS_MAX else 1 << (count - 1).bit_length()
+        sql = self._sqlite.get(places)
         if sql is None:
             names = ", ".join(f"column{at} AS {name}" for at, name in enumerate(self._columns, 1))
             row = f"({', '.join('?' * len(self._columns))})"
-            rows = f"(SELECT {names} FROM (VALUES {', '.join([row] * 2**doublings)}) WHERE column1 IS NOT NULL)"
-            sql = self._sqlite[doublings] = self._from(rows)
-        return sql, len(self._columns) << doublings
+            rows = f"(SELECT {names} FROM (VALUES {', '.join([row] * places)}) WHERE column1 IS NOT NULL)"
+            sql = self._sqlite[places] = self._from(rows)
+        return sql, len(self._columns) * places
 
     def _each(self, mark: str) -> str:
         return self._sql.format(rows="", **{name: f"{mark}{at}" for at, name in enumerate(self._columns, 1)})

@@ -49,7 +49,7 @@ def as_read(number: int) -> list[Any]:
     return [name, whole, AT, day, digest.hex() if isinstance(digest, bytes) else None, yes]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 65, ROWS_MAX, ROWS_MAX + 1, 2 * ROWS_MAX + 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 31, 32, 33, 64, 65, ROWS_MAX, ROWS_MAX + 1, 2 * ROWS_MAX + 3])
 def test_rows_arrive_in_any_number(given: Ledger, count: int) -> None:
     with given.database.posting() as connection, driver_of(connection) as driver:
         assert write(driver, (INSERT, []), (INSERT, [row(number) for number in range(count)])) == [0, count]
