@@ -66,7 +66,9 @@ def upgrade() -> None:
         sa.Column("limit_micro_usd", sa.BigInteger(), nullable=False),
         sa.Column("soft", sa.Boolean(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.CheckConstraint("period IN ('day', 'week', 'month', 'total')", name=op.f("ck_budgets_period")),
+        sa.CheckConstraint(
+            "(period = 'day' OR period = 'week' OR period = 'month' OR period = 'total')", name=op.f("ck_budgets_period")
+        ),
         sa.CheckConstraint("limit_micro_usd >= 0", name=op.f("ck_budgets_limit_not_negative")),
         sa.ForeignKeyConstraint(["key_id"], ["keys.id"], name=op.f("fk_budgets_key_id")),
         sa.ForeignKeyConstraint(["team_id"], ["teams.id"], name=op.f("fk_budgets_team_id")),
@@ -121,16 +123,18 @@ def upgrade() -> None:
         sa.Column("deadline_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint(
-            "basis IN ('requested', 'reported', 'measured', 'assumed', 'operator', 'expired')", name=op.f("ck_charges_basis")
+            "(basis = 'requested' OR basis = 'reported' OR basis = 'measured' OR basis = 'assumed' OR basis = 'operator' OR basis = 'expired')",
+            name=op.f("ck_charges_basis"),
         ),
-        sa.CheckConstraint("operation IN ('generation', 'edit')", name=op.f("ck_charges_operation")),
+        sa.CheckConstraint("(operation = 'generation' OR operation = 'edit')", name=op.f("ck_charges_operation")),
         sa.CheckConstraint("state <> 'released' OR settled_micro_usd = 0", name=op.f("ck_charges_released_costs_nothing")),
         sa.CheckConstraint("state <> 'settled' OR basis IS NOT NULL", name=op.f("ck_charges_settled_has_basis")),
         sa.CheckConstraint(
             "state IN ('reserved', 'forwarded') OR finished_at IS NOT NULL", name=op.f("ck_charges_ended_has_time")
         ),
         sa.CheckConstraint(
-            "state IN ('reserved', 'forwarded', 'settled', 'released', 'review')", name=op.f("ck_charges_state")
+            "(state = 'reserved' OR state = 'forwarded' OR state = 'settled' OR state = 'released' OR state = 'review')",
+            name=op.f("ck_charges_state"),
         ),
         sa.CheckConstraint(
             "state NOT IN ('reserved', 'forwarded') OR (reserved_micro_usd = hold_micro_usd AND settled_micro_usd = 0 AND finished_at IS NULL)",
@@ -156,16 +160,16 @@ def upgrade() -> None:
         "charges",
         ["state", "deadline_at"],
         unique=False,
-        postgresql_where=sa.text("state IN ('reserved', 'forwarded', 'review')"),
-        sqlite_where=sa.text("state IN ('reserved', 'forwarded', 'review')"),
+        postgresql_where=sa.text("(state = 'reserved' OR state = 'forwarded' OR state = 'review')"),
+        sqlite_where=sa.text("(state = 'reserved' OR state = 'forwarded' OR state = 'review')"),
     )
     op.create_index(
         "ix_charges_released",
         "charges",
         ["state", "team_id", "created_at"],
         unique=False,
-        postgresql_where=sa.text("state IN ('released')"),
-        sqlite_where=sa.text("state IN ('released')"),
+        postgresql_where=sa.text("(state = 'released')"),
+        sqlite_where=sa.text("(state = 'released')"),
     )
     op.create_index("ix_charges_team_id_created_at", "charges", ["team_id", "created_at"], unique=False)
     op.create_index(
@@ -270,7 +274,7 @@ def upgrade() -> None:
         sa.Column("seen_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint("length(digest) = 32", name=op.f("ck_sessions_digest_length")),
-        sa.CheckConstraint("role IN ('admin', 'viewer', 'member')", name=op.f("ck_sessions_role")),
+        sa.CheckConstraint("(role = 'admin' OR role = 'viewer' OR role = 'member')", name=op.f("ck_sessions_role")),
         sa.CheckConstraint("key_id IS NULL OR (role = 'member' AND account IS NULL)", name=op.f("ck_sessions_key_is_a_member")),
         sa.CheckConstraint(
             "key_id IS NOT NULL OR account IS NOT NULL OR role = 'admin'", name=op.f("ck_sessions_token_is_an_admin")

@@ -31,7 +31,7 @@ _LATELY = """FROM charges c
 # own word for word, and where the team, behind a plus, is none to go by.
 _OPEN = """FROM charges c
     WHERE +c.team_id = l.team_id AND (l.key_id IS NULL OR c.key_id = l.key_id)
-    AND c.state IN ('reserved', 'forwarded', 'review') AND c.state IN ('reserved', 'forwarded')"""
+    AND (c.state = 'reserved' OR c.state = 'forwarded' OR c.state = 'review') AND c.state IN ('reserved', 'forwarded')"""
 
 _PACES = Question(
     {"limits": "bigint[]", "since": "timestamptz"},

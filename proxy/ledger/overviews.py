@@ -14,18 +14,11 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, func, select, union_all
 
-from proxy.ledger.schema import OPEN_STATES, charges, refusals, rollups, team_days, teams
+from proxy.ledger.schema import IS_OPEN, IS_RELEASED, OPEN_STATES, charges, refusals, rollups, team_days, teams
 
 SUMS = ("requests", "images", "settled_micro_usd", "reserved_micro_usd")
 
 COLUMNS = ("day", "team", "key", "model", "operation", "size", "quality")
-
-# Open and released charges are few among millions, and have indexes of their own. SQLite takes one where it reads its very
-# words.
-_OPEN, _RELEASED = (
-    next(index for index in charges.indexes if index.name == f"ix_charges_{name}").dialect_options["sqlite"]["where"]
-    for name in ("open", "released")
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +74,7 @@ def list_open(connection: Connection, *, team: str | None = None) -> list[Open]:
             func.sum(charges.c.reserved_micro_usd).label("reserved"),
             func.min(charges.c.created_at, type_=charges.c.created_at.type).label("oldest_at"),
         )
-        .where(charges.c.state.in_(OPEN_STATES), _OPEN)
+        .where(charges.c.state.in_(OPEN_STATES), IS_OPEN)
         .group_by(charges.c.team_id, charges.c.state)
         .subquery()
     )
@@ -99,8 +92,8 @@ def list_failures(connection: Connection, since: datetime) -> list[tuple[str, in
     """Charges reserved since then that were not simply delivered: the reason, the upstream's status, how many; most first."""
     found = select(charges.c.reason, charges.c.upstream_status).where(charges.c.created_at >= since)
     # Each from its own index: what was delivered within an hour can be hundreds of thousands.
-    released = found.where(charges.c.team_id.in_(select(teams.c.id)), charges.c.state == "released", _RELEASED)
-    in_review = found.where(charges.c.state == "review", _OPEN)
+    released = found.where(charges.c.team_id.in_(select(teams.c.id)), charges.c.state == "released", IS_RELEASED)
+    in_review = found.where(charges.c.state == "review", IS_OPEN)
     either = union_all(released, in_review).subquery()
     count = func.count()
     query = select(either.c.reason, either.c.upstream_status, count).group_by(either.c.reason, either.c.upstream_status)

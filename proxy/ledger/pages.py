@@ -11,17 +11,10 @@ from typing import Any
 from sqlalchemy import Column, ColumnElement, Connection, Select, bindparam, literal, select, tuple_
 
 from proxy.ledger import reports
-from proxy.ledger.schema import OPEN_STATES, Instant, audit, budgets, charges, keys, limits, teams
+from proxy.ledger.schema import IS_OPEN, IS_RELEASED, OPEN_STATES, Instant, audit, budgets, charges, keys, limits, teams
 
 # What a row is found again by: its id, or where rows are in the order of time, microseconds since 1970 and its id.
 Place = tuple[int | str, ...]
-
-# Open and released charges are few among millions, and have indexes of their own. SQLite takes one where it reads its very
-# words.
-_OPEN, _RELEASED = (
-    next(index for index in charges.indexes if index.name == f"ix_charges_{name}").dialect_options["sqlite"]["where"]
-    for name in ("open", "released")
-)
 
 _START = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -93,9 +86,9 @@ def list_charges(
     if state is not None:
         query = query.where(charges.c.state == state)
     if state in OPEN_STATES:
-        query, team_id, key = query.where(_OPEN), team_id + 0, key + ""
+        query, team_id, key = query.where(IS_OPEN), team_id + 0, key + ""
     elif state == "released" and team is not None:
-        query, key = query.where(_RELEASED), key + ""
+        query, key = query.where(IS_RELEASED), key + ""
     if key_id is not None:
         owner = team_of_key(connection, key_id)
         if owner is None or team not in (None, owner):

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Date, Select, and_, case, cast, func, or_, select
 
 from proxy import periods
-from proxy.ledger.schema import OPEN_STATES, audit, balances, budgets, charges, rollups, teams
+from proxy.ledger.schema import IS_OPEN, OPEN_STATES, audit, balances, budgets, charges, rollups, teams
 
 # How many rows of a listing are in memory at a time.
 PAGE_ROWS = 1_000
@@ -211,7 +211,7 @@ def _groups(by: Sequence[str], columns: Any, day: ColumnElement[date]) -> list[C
 def read_figures(connection: Connection, now: datetime) -> Figures:
     """Budgets of teams and keys, how many charges are open in each state, and how old the oldest review is."""
     state, since = charges.c.state, func.min(charges.c.finished_at).label("since")
-    query = select(state, func.count().label("open"), since).where(state.in_(OPEN_STATES)).group_by(state)
+    query = select(state, func.count().label("open"), since).where(IS_OPEN).group_by(state)
     found = {row.state: row for row in connection.execute(query)}
     return Figures(
         budgets=list_budgets(connection, now),

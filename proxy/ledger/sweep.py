@@ -21,7 +21,7 @@ from proxy.ledger import reviews
 from proxy.ledger.decisions import Booking
 from proxy.ledger.engine import Database
 from proxy.ledger.journal import abandoned
-from proxy.ledger.schema import charges
+from proxy.ledger.schema import IS_OPEN, charges
 from proxy.ledger.teller import Teller
 from proxy.outcomes import Outcome
 
@@ -107,13 +107,13 @@ class Sweeper:
 
 def find_overdue(connection: Connection, now: datetime) -> list[Row[Any]]:
     """Charges whose exchange must be over and is not booked."""
-    query = select(charges).where(charges.c.state.in_(("reserved", "forwarded")), charges.c.deadline_at < now - GRACE)
+    query = select(charges).where(IS_OPEN, charges.c.state.in_(("reserved", "forwarded")), charges.c.deadline_at < now - GRACE)
     return list(connection.execute(query.order_by(charges.c.created_at).limit(FOUND_MAX)))
 
 
 def find_expired(connection: Connection, now: datetime, review_time: timedelta) -> list[str]:
     """The ids of reviews that nobody has settled within ``review_time``."""
-    query = select(charges.c.id).where(charges.c.state == "review", charges.c.finished_at < now - review_time)
+    query = select(charges.c.id).where(IS_OPEN, charges.c.state == "review", charges.c.finished_at < now - review_time)
     return list(connection.scalars(query.order_by(charges.c.created_at).limit(FOUND_MAX)))
 
 
