@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TextIO
 
+import msgspec
 import structlog
 from structlog.processors import TimeStamper, add_log_level, format_exc_info
 from structlog.stdlib import ProcessorFormatter, add_logger_name
@@ -131,7 +132,12 @@ atexit.register(_destination.flush)
 
 
 # Made once: json.dumps makes an encoder at each call that asks for anything but its own.
-_encode = json.JSONEncoder().encode
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+# An eighth of the time, for a line that has nothing else in it: of bytes, for one, it would make letters in which no secret is
+# recognised.
+_encode_plain = msgspec.json.Encoder().encode
+_PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
 def _render(_: WrappedLogger, __: str, event: EventDict) -> str:
@@ -143,11 +149,11 @@ def _render(_: WrappedLogger, __: str, event: EventDict) -> str:
 def _line(event: Mapping[str, object]) -> str:
     """The event as JSON, without secrets and query strings."""
     try:
-        line = _encode(event)
+        line = _encode_plain(event).decode() if _PLAIN.issuperset(map(type, event.values())) else _encode(event)
     except (TypeError, ValueError):
         line = ""
     # Most lines have nothing in them to be taken out, and looking at one line is cheaper than at twenty values.
-    if not line or len(line) > _MAX_LINE or _suspicious(line):
+    if not line.isascii() or not line or len(line) > _MAX_LINE or _suspicious(line):
         line = _encode({name: _cleaned(value, _MAX_DEPTH) for name, value in event.items()})
     return line
 

@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from itertools import chain
 from typing import Any, Literal
 
+import msgspec
+
 Type = Literal["text", "bigint", "boolean", "timestamptz", "date", "bytea", "text[]", "bigint[]", "bytea[]", "json"]
 Row = Sequence[object]
 
@@ -141,7 +143,7 @@ def read(driver: Any, given: Mapping[str, Any], question: Question, lock: Lock |
     asked = [(one.postgresql, [given[name] for name in one.parameters]) for one in (lock, question) if one is not None]
     value = pipeline.ask(driver, *asked)[-1].get_value(0, 0)
     assert value is not None
-    rows: list[list[list[Any]]] = json.loads(value)
+    rows: list[list[list[Any]]] = msgspec.json.decode(value)
     return rows
 
 
@@ -154,7 +156,7 @@ def _read_sqlite(driver: sqlite3.Connection, given: Mapping[str, Any], question:
         single.append(several and len(value) == 1)
         stored[name] = (value[0] if single[-1] else _encode(value)) if several else value
     (found,) = driver.execute(question.sqlite(tuple(single)), stored).fetchall()
-    rows: list[list[list[Any]]] = json.loads(found[0])
+    rows: list[list[list[Any]]] = msgspec.json.decode(found[0])
     return rows
 
 

@@ -80,7 +80,7 @@ class Gateway:
         """The process ids of its workers, those that have died too."""
         # A line may be half there: of a worker that was killed while it wrote, or since it is being written now.
         lines = (line for line in self.log.read_text().splitlines() if line.startswith('{"') and line.endswith("}"))
-        return [json.loads(line)["pid"] for line in lines if '"event": "worker_started"' in line]
+        return [json.loads(line)["pid"] for line in lines if '"event":"worker_started"' in line]
 
     def kill_one(self, chance: random.Random) -> None:
         """Kill one of the workers that live, if there is one."""
