@@ -171,8 +171,8 @@ class Client:
             await self._send(message)
         except Exception as error:
             # What can't be written to a client is the client's loss alone: the upstream is read on, and booked.
-            log.warning("client_not_written", cause=type(error).__name__)
             self._broken = True
+            log.warning("client_not_written", cause=type(error).__name__)
         self._writing_since = None
 
     def stalled_for(self) -> float:
@@ -298,19 +298,19 @@ class Exchange:
             log.exception("answer_not_read", request_id=self._request.request_id)
             outcome, delivery = unanswered(self._request.reading.dearest, self._request.hold_micro_usd), Delivery()
         booking = self._booking(outcome, delivery)
-        booked: asyncio.Future[None] | None = None
         try:
-            left = None if admitted.counted else self._leave(booking)
+            left, noted = None if admitted.counted else self._leave(booking), False
             try:
-                if left is None:
-                    booked = self._desk.teller.book(booking)
-                elif await left.noted:
+                noted = left is not None and await left.noted
+            except asyncio.CancelledError as error:  # The process ends: the client gets its end once what was left is booked.
+                cancelled = error
+            booked = self._desk.teller.book(booking) if left is None else left.booked
+            try:
+                if noted:
                     await self._end(outcome, delivery)
-                else:
-                    booked = left.booked
             finally:
                 self._tell(booking)
-            if booked is not None:
+            if not noted:
                 if not await self._done_within(booked, BOOKED_FIRST_SECONDS):
                     await self._desk.teller.secure(booking)
                 await self._end(outcome, delivery)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +31,7 @@ def stream() -> Iterator[io.StringIO]:
     logs.configure(stream)
     yield stream
     logs.configure(sys.stderr)
+    logging.raiseExceptions = True
     root.handlers[:] = handlers
     root.setLevel(level)
 
@@ -79,10 +82,11 @@ def test_debugging_is_left_out(stream: io.StringIO) -> None:
         lambda text: text.encode(),
     ],
 )
+@pytest.mark.parametrize("level", ["info", "warning"])
 def test_keys_and_query_strings_are_taken_out_wherever_they_stand(
-    stream: io.StringIO, said: str, logged: str, place: Any
+    stream: io.StringIO, said: str, logged: str, place: Any, level: str
 ) -> None:
-    log.warning("odd", value=place(said))
+    getattr(log, level)("odd", value=place(said))
     (line,) = lines(stream)
     assert logged in json.dumps(line)
     assert said == logged or said not in json.dumps(line)
@@ -112,6 +116,47 @@ def test_libraries_are_heard_from_warnings_on_through_the_same_renderer(stream: 
     logging.getLogger("sqlalchemy.engine").warning("slow %s", "Bearer abc")
     (line,) = lines(stream)
     assert (line["level"], line["event"], line["logger"]) == ("warning", "slow [redacted]", "sqlalchemy.engine")
+
+
+def test_a_line_that_can_not_be_written_is_not_told_in_parts(stream: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger("sqlalchemy.engine").warning("%d rows", "Bearer abc")
+    assert "abc" not in stream.getvalue() + "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("character", ["\0", "\n", "\x1b", "\x7f", "\x9b", "\u2028", "\ud800"])
+def test_no_character_moves_a_terminal_or_ends_a_line(stream: io.StringIO, character: str) -> None:
+    log.info("odd", value=f"a{character}b")
+    (line,) = stream.getvalue().splitlines()
+    assert character not in line
+    assert json.loads(line)["value"] == f"a{character}b"
+
+
+def test_a_loop_and_a_thread_that_log_at_once_lose_nothing(stream: io.StringIO) -> None:
+    ended = threading.Event()
+
+    def other() -> None:
+        while not ended.is_set():
+            log.info("thread")
+
+    async def main() -> None:
+        for number in range(100_000):
+            log.info("loop", number=number)
+            if number % 10 == 0:
+                await asyncio.sleep(0)
+
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        # So that each interrupts the other wherever it can be interrupted.
+        sys.setswitchinterval(1e-6)
+        asyncio.run(main())
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        thread.join()
+    log.info("end")
+    assert [line["number"] for line in lines(stream) if line["event"] == "loop"] == list(range(100_000))
 
 
 def test_a_library_without_end_is_cut(stream: io.StringIO) -> None:

@@ -9,10 +9,12 @@ import os
 import resource
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,6 +190,22 @@ class Stage:
     @property
     def database_path(self) -> Path:
         return self.directory / "beanmeter.db"
+
+    def rest(self, pid: int) -> None:
+        """Stop a worker where it does not write: stopped in a transaction, it would keep the file from all others."""
+
+        def rests() -> bool | None:
+            os.kill(pid, signal.SIGSTOP)
+            wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T") or None)
+            with closing(sqlite3.connect(self.database_path, timeout=0, isolation_level=None)) as file:
+                try:
+                    file.execute("BEGIN IMMEDIATE")
+                except sqlite3.OperationalError:
+                    os.kill(pid, signal.SIGCONT)
+                    return None
+            return True
+
+        wait_for(rests)
 
     def start(self, *, limits: str = "", **settings: str) -> Served:
         environment = {
@@ -401,7 +419,7 @@ def test_every_worker_serves(stage: Stage) -> None:
     pids = [started["pid"] for started in gateway.wait_for_events("worker_started", 2)]
     assert len({*pids, gateway.process.pid}) == 3
     for resting in pids:
-        os.kill(resting, signal.SIGSTOP)
+        stage.rest(resting)
         assert gateway.post().status_code == 200
         os.kill(resting, signal.SIGCONT)
     assert gateway.page()['beanmeter_requests_total{operation="generation",outcome="settled",team="red"}'] == 2

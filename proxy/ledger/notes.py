@@ -52,14 +52,18 @@ class Notes:
         for run in _runs(sorted(numbers)):
             if self._put(run[0], [b"\0"] * len(run)):
                 self._free.extend(run)
+            elif len(run) > 1:
+                # What one place has is not to cost the others.
+                for number in run:
+                    self.erase([number])
 
     def _put(self, number: int, lines: Sequence[bytes]) -> bool:
         """Write lines into neighbouring places from that number on; whether the disk took all."""
-        # What a longer one has left behind the last is cut off by the end of the line.
-        data = b"".join([line.ljust(NOTE_BYTES, b"\0") for line in lines[:-1]]) + lines[-1]
         try:
+            # What a longer one has left behind the last is cut off by the end of the line.
+            data = b"".join([line.ljust(NOTE_BYTES, b"\0") for line in lines[:-1]]) + lines[-1]
             return os.pwrite(self._file, data, number * NOTE_BYTES) == len(data)
-        except OSError:
+        except (OSError, MemoryError):
             return False
 
     def close(self) -> None:

@@ -223,12 +223,13 @@ class Teller:
         if not unnoted:
             return
         assert self._journal is not None
+        failure: Exception | None = None
+        notes: Sequence[int | None]
         try:
             notes = self._journal.note(item.job for item, _ in unnoted)
-        except Exception:
-            # Whatever it is, such as a moment without memory, each of them still has to be booked.
-            log.exception("not_noted")
-            notes = [None] * len(unnoted)
+        except Exception as error:
+            # Whatever it is, such as a moment without memory, each of them still has to be booked; then it is told.
+            failure, notes = error, [None] * len(unnoted)
         now = self._loop.time()
         for (item, noted), note in zip(unnoted, notes, strict=True):
             if note is None:
@@ -240,6 +241,8 @@ class Teller:
                 noted.set_result(note is not None)
         if self._unhurried and self._hurrying is None:
             self._hurrying = self._loop.call_later(COMPANY_SECONDS, self._hurry)
+        if failure is not None:
+            log.error("not_noted", exc_info=failure)
 
     def _remember(self, item: _Book) -> _Book:
         self._unbooked_yet[id(item.job)] = item
@@ -416,9 +419,10 @@ class Teller:
     def _erase(self, items: Iterable[_Book]) -> None:
         notes: list[int] = []
         for item in items:
-            if item.note is not None:
-                notes.append(item.note)
-                item.note = None
+            # Taken in one step: the journal's thread may come to it at the same time, and a place may be given back only once.
+            note, item.note = item.note, None
+            if note is not None:
+                notes.append(note)
         if notes and self._journal is not None:
             self._journal.erase(notes)
 
@@ -549,11 +553,11 @@ class Teller:
 
     def _watch(self) -> None:
         """On the loop: let go of a server that has frozen in the middle of a transaction, and make safe what waits for it."""
+        self._watching = self._loop.call_later(SAFE_SECONDS, self._watch)
         connection = self._connection
         if time.monotonic() - self._writing_since > FROZEN_SECONDS and connection is not None:
-            log.error("ledger_frozen", seconds=FROZEN_SECONDS)
             self._database.interrupt(connection)
-        self._watching = self._loop.call_later(SAFE_SECONDS, self._watch)
+            log.error("ledger_frozen", seconds=FROZEN_SECONDS)
         late = self._loop.time() - SAFE_SECONDS
         # The list is a copy: the thread takes out of it meanwhile.
         left = [item for item in list(self._unbooked_yet.values()) if item.note is not None and item.left_at < late]

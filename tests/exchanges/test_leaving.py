@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from proxy.ledger.decisions import Booking
+from proxy.ledger.teller import Left, Teller
 from tests.exchanges.plays import DONE, IMAGE, PREVIEW
 from tests.exchanges.teams import (
     HIGH,
@@ -42,6 +44,7 @@ from tests.live import (
     live_gateway,
     replay,
     wait_for,
+    whole,
 )
 
 SHAPES = {
@@ -215,3 +218,34 @@ def read_all(client: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return found
+
+
+def test_the_process_ends_while_an_outcome_is_being_noted(
+    stage: tuple[LiveGateway, ScriptedUpstream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exchange is ended at that moment: what is booked is delivered all the same."""
+    gateway, upstream = stage
+    team = new_team(gateway)
+    upstream.script = replay(whole(200, JSON, json_answer(1)))
+    leave_to = Teller.leave
+    ended: list[asyncio.Task[Any]] = []
+
+    def and_end(teller: Teller, job: Booking) -> Left | None:
+        left = leave_to(teller, job)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        ended.append(task)
+        return left
+
+    monkeypatch.setattr(Teller, "leave", and_end)
+    with gateway.connect() as client:
+        client.sendall(request_bytes(team, asked()))
+        answer = b""
+        while not answer.endswith(json_answer(1)):
+            piece = client.recv(65_536)
+            assert piece, answer
+            answer += piece
+    wait_for(lambda: all(task.done() for task in ended) or None)
+    assert [task.cancelled() for task in ended] == [True]
+    assert_that_it_counts(team, team.charge())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from proxy.ledger.books import lock_teams
@@ -153,6 +154,25 @@ def test_what_is_left_by_one_who_is_ended_at_that_moment_is_booked(ledger: Ledge
 
     asyncio.run(scenario())
     assert list(states(ledger).values()) == ["settled"]
+
+
+def test_one_that_can_not_be_written_down_keeps_no_other_from_the_books(
+    ledger: Ledger, account: Account, tmp_path: Path
+) -> None:
+    good, bad = reservation(account), reservation(account)
+    ledger.post([good, bad])
+
+    async def scenario() -> None:
+        async with at_work(ledger.url, Journal(tmp_path / "journal")) as (teller, _):
+            # Half a character: no file and no database takes it.
+            lefts = [teller.leave(settled(good)), teller.leave(replace(settled(bad), upstream_request_id="\ud800"))]
+            for left in lefts:
+                assert left is not None
+                assert not await asyncio.wait_for(left.noted, PATIENCE_SECONDS)
+                await asyncio.wait_for(left.booked, PATIENCE_SECONDS)
+
+    asyncio.run(scenario())
+    assert states(ledger)[good.charge_id] == "settled"
 
 
 def test_nothing_is_left_that_can_not_be_noted(ledger: Ledger, account: Account) -> None:
