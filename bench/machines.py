@@ -231,16 +231,17 @@ def gateway(
     database_url: str = "",
     key: str = "",
     checkout: Path = ROOT,
+    program: Sequence[str] = ("-m", "proxy.cli"),
 ) -> Iterator[Machine]:
     """``beanmeter serve``, on a new SQLite database with a team and its budget, unless another one is named with a key; its
-    code is this checkout's or another's."""
+    code is this checkout's or another's. ``program`` is what Python is to run in place of the command."""
     directory = Path(tempfile.mkdtemp(dir=directory))
     database_url = database_url or f"sqlite:///{directory / 'beanmeter.db'}"
     key = key or open_books(database_url)
     port = free_port()
     with running(
         name,
-        [sys.executable, "-m", "proxy.cli", "serve", "--port", str(port), "--workers", str(workers)],
+        [sys.executable, *program, "serve", "--port", str(port), "--workers", str(workers)],
         directory,
         port,
         ready_path="/readyz",

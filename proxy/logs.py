@@ -91,6 +91,7 @@ class _Destination:
     def __init__(self) -> None:
         self.stream: TextIO | None = None
         self._lines: list[str] = []
+        self._emitting = threading.RLock()
         # The loop that was asked to let them out, until it does, and its thread.
         self._asked: asyncio.AbstractEventLoop | None = None
         self._thread = 0
@@ -112,15 +113,17 @@ class _Destination:
         return asked is not None and self._thread == threading.get_ident() and asked.is_running()
 
     def _emit(self) -> None:
-        self._asked = None
-        lines, self._lines = self._lines, []
-        try:
-            if self.stream is not None and lines:
-                self.stream.write("".join(lines))
-                self.stream.flush()
-        except (OSError, ValueError):
-            # Nobody reads the log any more. An exchange still has to be paid for and booked.
-            pass
+        # What another thread has taken out first is written first.
+        with self._emitting:
+            self._asked = None
+            lines, self._lines = self._lines, []
+            try:
+                if self.stream is not None and lines:
+                    self.stream.write("".join(lines))
+                    self.stream.flush()
+            except (OSError, ValueError):
+                # Nobody reads the log any more. An exchange still has to be paid for and booked.
+                pass
 
 
 def _loop() -> asyncio.AbstractEventLoop | None:

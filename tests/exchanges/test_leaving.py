@@ -247,5 +247,5 @@ def test_the_process_ends_while_an_outcome_is_being_noted(
             assert piece, answer
             answer += piece
     wait_for(lambda: all(task.done() for task in ended) or None)
-    assert [task.cancelled() for task in ended] == [True]
+    assert [task.cancelling() for task in ended] == [1]
     assert_that_it_counts(team, team.charge())
