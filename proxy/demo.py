@@ -140,7 +140,7 @@ async def _run(database: Database, settings: Settings, tell: Callable[[str], Non
         }
         async with app.running(settings.model_copy(update=changed), settings.host, settings.port) as base_url:
             # Only now: a start that finds its port taken must leave the keys of the demo that has it alone.
-            greeting = await asyncio.to_thread(_greet, database, base_url, token, datetime.now(UTC))
+            greeting = await asyncio.to_thread(_greet, database, base_url, simulator.base_url, token, datetime.now(UTC))
             tell(greeting)
             await told.wait()
 
@@ -148,7 +148,7 @@ async def _run(database: Database, settings: Settings, tell: Callable[[str], Non
 # What a visitor reads
 
 
-def _greet(database: Database, base_url: str, token: str | None, now: datetime) -> str:
+def _greet(database: Database, base_url: str, upstream_url: str, token: str | None, now: datetime) -> str:
     with database.writing() as connection:
         keys = {habits.team: _renew_key(connection, habits.team, now) for habits in (DESIGN, MARKETING)}
         left = {status.team: status for status in list_budgets(connection, now) if status.scope == "team"}
@@ -163,6 +163,8 @@ def _greet(database: Database, base_url: str, token: str | None, now: datetime) 
         f"  dashboard {base_url.removesuffix('/v1')}{pages.PREFIX}",
         f"            sign in with {token or 'your admin token'}, or with a key",
         f"  metrics   {base_url.removesuffix('/v1')}/metrics",
+        f"  bill      {upstream_url.removesuffix('/v1')}/simulator/bill",
+        "            what the simulated BeansAI has billed since this start",
         "",
         "Make an image, which lands in image.png:",
         "",

@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from proxy import demo
@@ -90,6 +91,8 @@ def test_a_visit(tmp_path: Path) -> None:
             "settled",
             5_900,
         )
+        bill = next(line.split()[-1] for line in lines if line.startswith("  bill "))
+        assert httpx2.get(bill, trust_env=False).json()["total_micro_usd"] == 5_900
 
         # Marketing can have a small picture, but not a good one.
         low = curl_of(lines).replace(key_of(lines, "design"), key_of(lines, "marketing"))

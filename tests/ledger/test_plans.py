@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, event
@@ -51,9 +52,10 @@ def test_what_is_asked_all_the_time_reads_open_charges_alone(ledger: Ledger, acc
 
 # An UPDATE of many rows has a table for them, and one for the rows that it finds.
 @pytest.mark.parametrize(("size", "tables"), [(1, 0), (20, 2)])
-def test_no_row_that_sqlite_writes_needs_a_table_of_its_own(ledger: Ledger, account: Account, size: int, tables: int) -> None:
-    if ledger.database.dialect != "sqlite":
-        pytest.skip("a way of SQLite's")
+def test_no_row_that_sqlite_writes_needs_a_table_of_its_own(tmp_path: Path, size: int, tables: int) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path / 'beanmeter.db'}")
+    account = ledger.account()
+    ledger.set_budget(10**12)
     first = [reservation(account) for _ in range(size)]
     ledger.post(first)
     written: list[str] = []
@@ -67,3 +69,4 @@ def test_no_row_that_sqlite_writes_needs_a_table_of_its_own(ledger: Ledger, acco
     assert len(written) == 5
     assert steps.count("OpenWrite") > 5
     assert steps.count("OpenEphemeral") == tables
+    ledger.close()
