@@ -138,10 +138,10 @@ class Scene:
     def without_database(self) -> Iterator[None]:
         """The database goes away while images are being made; inside the block all of them have been."""
         with ThreadPoolExecutor(UNDER_WAY) as clients:
-            slow = ("design", GENERATIONS, {"prompt": "[[sim latency=1]]"})
-            before = len(self.charges())
+            slow = ("design", GENERATIONS, {"prompt": "[[sim latency=2]]"})
             answers = [clients.submit(self._ask, place, slow) for place in range(UNDER_WAY)]
-            wait_for(lambda: len(self.charges()) >= before + UNDER_WAY or None)
+            # Those of the other traffic come and go one at a time.
+            wait_for(lambda: sum(charge["state"] == "forwarded" for charge in self.charges()) >= UNDER_WAY or None)
             with database_away(self.database_url):
                 for answer in answers:
                     answer.result(PATIENCE_SECONDS)
