@@ -23,11 +23,17 @@ def _sqlite_away(database_url: str) -> Iterator[None]:
     with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"), isolation_level=None)) as connection:
         tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
         tables = [name for name in tables if not name.startswith("sqlite_")]
-        connection.executescript("".join(f"ALTER TABLE {name} RENAME TO away_{name};" for name in tables))
+
+        def rename(before: str, after: str) -> None:
+            # All at once: one by one, each would wait for its turn among the writers.
+            renames = [f"ALTER TABLE {before}{name} RENAME TO {after}{name}" for name in tables]
+            connection.executescript(";".join(["BEGIN IMMEDIATE", *renames, "COMMIT"]))
+
+        rename("", "away_")
         try:
             yield
         finally:
-            connection.executescript("".join(f"ALTER TABLE away_{name} RENAME TO {name};" for name in tables))
+            rename("away_", "")
 
 
 @contextmanager

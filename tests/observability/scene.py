@@ -138,7 +138,7 @@ class Scene:
     def without_database(self) -> Iterator[None]:
         """The database goes away while images are being made; inside the block all of them have been."""
         with ThreadPoolExecutor(UNDER_WAY) as clients:
-            slow = ("design", GENERATIONS, {"prompt": "[[sim latency=2]]"})
+            slow = ("design", GENERATIONS, {"prompt": "[[sim latency=5]]"})
             answers = [clients.submit(self._ask, place, slow) for place in range(UNDER_WAY)]
             # Those of the other traffic come and go one at a time.
             wait_for(lambda: sum(charge["state"] == "forwarded" for charge in self.charges()) >= UNDER_WAY or None)
