@@ -128,20 +128,21 @@ class Scene:
         self.database.close()
 
     def charges(self) -> list[dict[str, Any]]:
-        def look() -> list[dict[str, Any]]:
-            with self.database.reading() as connection:
-                return list(reports.list_charges(connection))
+        return booked_charges(self._charges)
 
-        return booked_charges(look)
+    def _charges(self) -> list[dict[str, Any]]:
+        """As they are at this moment: nothing is waited for."""
+        with self.database.reading() as connection:
+            return list(reports.list_charges(connection))
 
     @contextmanager
     def without_database(self) -> Iterator[None]:
         """The database goes away while images are being made; inside the block all of them have been."""
         with ThreadPoolExecutor(UNDER_WAY) as clients:
-            slow = ("design", GENERATIONS, {"prompt": "[[sim latency=5]]"})
+            slow = ("design", GENERATIONS, {"prompt": "[[sim latency=2]]"})
             answers = [clients.submit(self._ask, place, slow) for place in range(UNDER_WAY)]
             # Those of the other traffic come and go one at a time.
-            wait_for(lambda: sum(charge["state"] == "forwarded" for charge in self.charges()) >= UNDER_WAY or None)
+            wait_for(lambda: sum(charge["state"] == "forwarded" for charge in self._charges()) >= UNDER_WAY or None)
             with database_away(self.database_url):
                 for answer in answers:
                     answer.result(PATIENCE_SECONDS)
